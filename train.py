@@ -1,0 +1,462 @@
+"""Train a GPT, on one processor, one GPU, or many.
+
+    python train.py config/phase1_char.py
+    python train.py config/phase1_char.py --n_layer=4 --out_dir=out/deeper
+    python train.py config/phase1_char.py --init_from=resume
+    torchrun --standalone --nproc_per_node=8 train.py config/phase1_char.py --gradient_accumulation_steps=8
+
+Reads data/<dataset>/ and writes to out_dir:
+
+    ckpt.pt      the state at the last evaluation, to go on from or to sample from
+    best.pt      the weights with the lowest validation loss
+    log.jsonl    a JSON object per logged step and per evaluation
+    samples.md   what the model said along the way      } made from log.jsonl,
+    loss.png     training and validation loss           } by report.py
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from configurator import UserError, configure, run
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a GPT."""
+
+    # input and output
+    dataset: str = "openweb"  # the folder under data/ that a prepare script wrote
+    out_dir: str = "out"  # where the run goes
+    init_from: Literal["scratch", "resume"] = "scratch"  # or go on from out_dir/ckpt.pt
+    eval_interval: int = 2000  # steps between evaluations
+    eval_iters: int = 0  # batches per evaluation; 0: every token of val.bin once
+    eval_only: bool = False  # evaluate, print, and stop
+    target_val_loss: float = 0.0  # stop when the validation loss is this low
+    always_save_checkpoint: bool = True  # False: ckpt.pt only when the validation loss has improved
+    log_interval: int = 10  # steps between lines of the log
+    sample_interval: int = 0  # steps between samples, besides the first evaluation's; 0: none
+    sample_start: str = "\n"  # their prompt
+    sample_tokens: int = 300  # their length
+    wandb_log: bool = False  # log to Weights & Biases too
+    wandb_project: str = "gpt2-from-scratch"  # project there
+    wandb_run_name: str = "gpt2"  # run there
+    # batch
+    batch_size: int = 12  # sequences in one forward pass
+    block_size: int = 1024  # tokens in a sequence
+    gradient_accumulation_steps: int = 40  # forward passes in a step, over all processes
+    # model
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # channels
+    dropout: float = 0.0  # probability of zeroing an activation; 0.1 or more helps when finetuning
+    bias: bool = True  # biases in linear layers and LayerNorms
+    tie_weights: bool = True  # the head is the token embedding
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, adamw for the rest
+    learning_rate: float = 6e-4  # peak, of adamw
+    muon_lr: float = 0.02  # peak, of muon
+    max_iters: int = 600000  # steps
+    weight_decay: float = 0.1  # of matrices; biases and LayerNorms have none
+    beta1: float = 0.9  # adamw's memory of gradients
+    beta2: float = 0.95  # and of their squares
+    grad_clip: float = 1.0  # longest gradient; 0: any
+    # learning rate
+    decay_lr: bool = True  # False: constant after the warm-up
+    lr_schedule: Literal["cosine", "linear"] = "cosine"  # shape of the decay
+    warmup_iters: int = 2000  # steps of linear warm-up
+    lr_decay_iters: int = 0  # step at which the decay ends; 0: max_iters
+    min_lr: float = 6e-5  # where it ends, as a rate of adamw; muon's falls in proportion
+    # system
+    seed: int = 1337  # of the weights, the batches, dropout and samples
+    device: str = "auto"  # cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the model
+    backend: str = "auto"  # of torch.distributed: nccl or gloo
+
+    def __post_init__(self) -> None:
+        at_least_1 = "eval_interval log_interval sample_tokens batch_size block_size n_layer n_head n_embd"
+        at_least_1 += " gradient_accumulation_steps"
+        at_least_0 = "eval_iters target_val_loss sample_interval max_iters muon_lr weight_decay grad_clip"
+        at_least_0 += " warmup_iters lr_decay_iters min_lr seed dropout beta1 beta2"
+        for lowest, names in ((1, at_least_1), (0, at_least_0)):
+            for name in names.split():
+                if getattr(self, name) < lowest:
+                    raise UserError(f"{name} is {getattr(self, name)} but must be at least {lowest}")
+        for name in ("dropout", "beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"{name} is {getattr(self, name)} but must be below 1")
+        if self.learning_rate <= 0:
+            raise UserError(f"learning_rate is {self.learning_rate} but must be above 0")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} can not be split among n_head={self.n_head}; choose a multiple")
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
+    config = configure(TrainConfig)
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import report
+import runtime
+import tokenizer
+from checkpoint import load_checkpoint, save_checkpoint
+from data import Dataset, Tokens, gather, random_offsets, spread_offsets, whole_file_offsets
+from model import GPT, GPTConfig
+
+
+class Processes:
+    """This process among those that torchrun started; alone when it did not."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.distributed = "RANK" in os.environ
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_first = self.rank == 0  # the one that writes and prints
+        self.device = runtime.resolve_device(config.device)
+        if config.gradient_accumulation_steps % self.count:
+            raise UserError(
+                f"gradient_accumulation_steps={config.gradient_accumulation_steps} can not be divided among "
+                f"{self.count} processes; set it to a multiple of {self.count}"
+            )
+        if self.distributed:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            auto = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(auto if config.backend == "auto" else config.backend)
+
+    def leave(self) -> None:
+        if self.distributed:
+            dist.destroy_process_group()
+
+    def sum(self, value: float) -> float:
+        """`value` summed over all processes."""
+        if not self.distributed:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """AdamW's rate at step `step`: linear warm-up, then the decay. Muon's goes in proportion."""
+    peak, end = config.learning_rate, config.lr_decay_iters or config.max_iters
+    if step < config.warmup_iters:
+        return peak * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return peak
+    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    left = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + left * (peak - config.min_lr)
+
+
+def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Muon (https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the
+    nearest orthogonal matrix, so that every direction of the weights moves equally.
+    """
+    groups = model.param_groups()
+    matrices, optimizers = groups["hidden"] + groups["embedding"], []
+    if config.optimizer == "muon":
+        matrices = groups["embedding"]
+        optimizers.append(torch.optim.Muon(groups["hidden"], lr=config.muon_lr, weight_decay=config.weight_decay))
+    adamw_groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": groups["vector"], "weight_decay": 0.0},
+    ]
+    betas, fused = (config.beta1, config.beta2), device.type in ("cpu", "cuda", "mps")
+    optimizers.append(torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=betas, fused=fused))
+    every = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert len(every) == len(set(every)) and set(every) == set(model.parameters())
+    for o in optimizers:
+        for group in o.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+class Trainer:
+    """The state of a run (model, optimizers, step) and what is done with it."""
+
+    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+        self.config, self.processes, self.device = config, processes, processes.device
+        self.dtype = runtime.resolve_dtype(config.dtype, self.device)
+        self.out_dir = Path(config.out_dir)
+        self.data = Dataset(Path("data") / config.dataset, config.block_size)
+        self.tokenizer = tokenizer.from_dict(self.data.meta["tokenizer"])
+        self.prompt = self.tokenizer.encode(config.sample_start) if config.sample_interval else []
+        self.tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
+        self.steps_per_epoch = len(self.data.train) / self.tokens_per_step
+        # What an evaluation reads is fixed: all of val.bin (or eval_iters batches spread over it),
+        # and just as much of train.bin.
+        windows = whole_file_offsets(len(self.data.val), config.block_size)
+        if 0 < config.eval_iters * config.batch_size < len(windows):
+            windows = windows[spread_offsets(config.eval_iters * config.batch_size, len(windows), block_size=0)]
+        self.val_windows = windows
+        self.train_windows = spread_offsets(len(windows), len(self.data.train), config.block_size)
+
+        torch.manual_seed(config.seed)
+        names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
+        shape = {name: getattr(config, name) for name in names}
+        self.model = GPT(GPTConfig(vocab_size=self.data.meta["vocab_size"], **shape)).to(self.device)
+        self.optimizers = make_optimizers(self.model, config, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.start_step, self.evaluated_step, self.best_val_loss = 0, -1, math.inf
+        if config.init_from == "resume":
+            self.load_state()
+        self.step_model: nn.Module = self.model  # as the training step calls it: see prepare()
+
+    def describe(self) -> str:
+        """The run in three lines."""
+        c, epochs = self.config, self.config.max_iters / self.steps_per_epoch
+        return (
+            f"{self.model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "
+            f"context {c.block_size}, vocabulary {self.tokenizer.vocab_size:,}\n"
+            f"{self.tokens_per_step:,} tokens per step, {self.steps_per_epoch:,.1f} steps per epoch, "
+            f"{c.max_iters:,} steps = {epochs:.1f} epochs of data/{c.dataset}\n"
+            f"{self.device} x {self.processes.count}, {str(self.dtype).removeprefix('torch.')}, {c.optimizer}"
+        )
+
+    def prepare(self) -> str:
+        """Wrap the model for many processes and compile it. Returns a line about the latter."""
+        started = time.perf_counter()
+        if self.processes.distributed:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.step_model = DistributedDataParallel(self.model, device_ids=ids)
+        steps = self.config.max_iters - self.start_step
+        reason = runtime.why_not_compile(self.config.compile, self.device, steps)
+        if not reason:
+            self.step_model, reason = runtime.compile_model(self.step_model, self.try_out)
+        return f"not compiled: {reason}" if reason else f"compiled in {time.perf_counter() - started:.0f} s"
+
+    def try_out(self, model: nn.Module) -> None:
+        """Compilation happens when a model is first called, forwards and backwards."""
+        x, y = self.micro_batch(step=0, micro=0)
+        with runtime.autocast(self.device, self.dtype):
+            loss = model(x, y)[1]
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (B, T) each, of the step's forward pass number `micro`."""
+        c = self.config
+        n_sequences = c.gradient_accumulation_steps * c.batch_size
+        offsets = random_offsets(c.seed, step, n_sequences, len(self.data.train), c.block_size)
+        return self.batch(self.data.train, offsets[micro * c.batch_size : (micro + 1) * c.batch_size])
+
+    def batch(self, tokens: Tokens, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The windows at `offsets` as inputs and targets, (B, T) each, on the device."""
+        x, y = gather(tokens, offsets, self.config.block_size)
+        if self.device.type == "cuda":  # from pinned memory the copy runs beside the computation
+            return x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device), y.to(self.device)
+
+    def train_step(self, step: int, lr: float) -> tuple[float, float]:
+        """One update of the weights. Returns the loss before it and the length of the gradient."""
+        c, processes = self.config, self.processes
+        for group in (group for o in self.optimizers for group in o.param_groups):
+            group["lr"] = group["initial_lr"] * lr / c.learning_rate
+        n_micro = c.gradient_accumulation_steps // processes.count
+        mean_loss = torch.zeros((), device=self.device)
+        for i in range(n_micro):
+            micro = processes.rank * n_micro + i
+            if c.dropout > 0:  # like the batch, a function of seed, step and micro
+                torch.manual_seed(int(np.random.SeedSequence((c.seed, step, micro)).generate_state(1)[0]))
+            x, y = self.micro_batch(step, micro)
+            if processes.distributed:  # gradients are exchanged once, in the last backward pass
+                self.step_model.require_backward_grad_sync = i == n_micro - 1
+            with runtime.autocast(self.device, self.dtype):
+                loss = self.step_model(x, y)[1] / n_micro
+            self.scaler.scale(loss).backward()
+            mean_loss += loss.detach()
+        loss = processes.sum(mean_loss.item()) / processes.count
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss at step {step} is {loss}, at a learning rate of {lr:.3g}; the weights and the checkpoint are "
+                f"as they were before it: lower learning_rate or raise warmup_iters, and go on with --init_from=resume"
+            )
+        for o in self.optimizers:
+            self.scaler.unscale_(o)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
+        for o in self.optimizers:
+            self.scaler.step(o)
+        self.scaler.update()
+        self.model.zero_grad(set_to_none=True)
+        return loss, grad_norm.item()
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tokens, windows: np.ndarray) -> float:
+        """Mean loss of the windows, in nats per token; the processes share the work."""
+        self.model.eval()
+        total, count = 0.0, 0
+        mine = windows[self.processes.rank :: self.processes.count]
+        for i in range(0, len(mine), self.config.batch_size):
+            x, y = self.batch(tokens, mine[i : i + self.config.batch_size])
+            n_targets = int((y >= 0).sum())
+            with runtime.autocast(self.device, self.dtype):
+                total += self.model(x, y)[1].item() * n_targets
+            count += n_targets
+        self.model.train()
+        return self.processes.sum(total) / self.processes.sum(count)
+
+    def losses(self) -> tuple[float, float]:
+        """Training and validation loss."""
+        return self.evaluate(self.data.train, self.train_windows), self.evaluate(self.data.val, self.val_windows)
+
+    def sample(self) -> str:
+        """What the model says when it has been given `sample_start`."""
+        c = self.config
+        prompt = torch.tensor([self.prompt], device=self.device)  # (1, T)
+        generator = torch.Generator(self.device).manual_seed(c.seed)
+        with runtime.autocast(self.device, self.dtype):
+            ids = list(self.model.generate(prompt, c.sample_tokens, temperature=0.8, generator=generator))
+        return c.sample_start + self.tokenizer.decode(torch.cat(ids, dim=1)[0].tolist())
+
+    def save_state(self, step: int) -> None:
+        """ckpt.pt: everything that a resumed run needs."""
+        self._save(
+            "ckpt.pt",
+            step,
+            evaluated_step=self.evaluated_step,
+            optimizers=[o.state_dict() for o in self.optimizers],
+            scaler=self.scaler.state_dict(),
+        )
+
+    def save_best(self, step: int) -> None:
+        """best.pt: the weights alone, a third of the size."""
+        self._save("best.pt", step)
+
+    def _save(self, name: str, step: int, **state) -> None:
+        save_checkpoint(
+            self.out_dir / name,
+            self.model,
+            step=step,
+            best_val_loss=self.best_val_loss,
+            tokenizer=self.tokenizer.to_dict(),
+            train_config=asdict(self.config),
+            dataset=self.data.meta["sha256"],
+            **state,
+        )
+
+    def load_state(self) -> None:
+        """Go on from ckpt.pt. Raises UserError where it contradicts the options or the data."""
+        path = self.out_dir / "ckpt.pt"
+        model, checkpoint = load_checkpoint(path)
+        here = asdict(self.model.config) | {"optimizer": self.config.optimizer} | self.data.meta["sha256"]
+        there = (
+            checkpoint["model_config"] | {"optimizer": checkpoint["train_config"]["optimizer"]} | checkpoint["dataset"]
+        )
+        for name, value in here.items():
+            if value != there[name]:
+                raise UserError(
+                    f"{path} was made with {name}={there[name]} and this run has {name}={value}; "
+                    f"set it back to go on, or choose another out_dir to start anew"
+                )
+        self.model.load_state_dict(model.state_dict())
+        for o, saved in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+            # Rates and decays are this run's options, which may have changed, not those of the file.
+            o.load_state_dict({"state": saved["state"], "param_groups": o.state_dict()["param_groups"]})
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.start_step, self.evaluated_step = checkpoint["step"], checkpoint["evaluated_step"]
+        self.best_val_loss = checkpoint["best_val_loss"]
+
+
+class StopSignal:
+    """`with StopSignal() as stop`: stop.number is the signal that told the process to stop, or 0.
+
+    The step is finished and saved before it is obeyed; a second Ctrl-C is obeyed at once.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self.number = 0
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: no SIGHUP
+        self.before = {name: signal.signal(getattr(signal, name), self.receive) for name in names}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name, handler in self.before.items():
+            signal.signal(getattr(signal, name), handler)
+
+    def receive(self, number: int, _frame) -> None:
+        if self.number and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.number = number
+
+
+def main(config: TrainConfig) -> None:
+    """Train, or evaluate, as `config` says; under torchrun as one of several processes."""
+    processes = Processes(config)
+    try:
+        trainer = Trainer(config, processes)
+        if config.eval_only:
+            train_loss, val_loss = trainer.losses()
+            if processes.is_first:
+                print(f"step {trainer.start_step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}")
+        else:
+            train(trainer)
+            if processes.is_first:
+                report.main(report.ReportConfig(config.out_dir))
+                print(f"{config.out_dir} has ckpt.pt, best.pt, log.jsonl, samples.md and loss.png; let it speak with")
+                print(f"    python sample.py --out_dir={config.out_dir}")
+    finally:
+        processes.leave()
+
+
+def train(trainer: Trainer) -> None:
+    """In a fixed order: evaluate and save if it is time, stop if that was the end, take a step, log it."""
+    config, processes = trainer.config, trainer.processes
+    log = report.Log(config, trainer.start_step, trainer.tokens_per_step, trainer.steps_per_epoch, processes.is_first)
+    log.say(trainer.describe())
+    log.say(trainer.prepare())
+    log.start_clock()
+    with StopSignal() as stop:
+        for step in range(trainer.start_step, config.max_iters + 1):
+            last = step == config.max_iters
+            if (last or step % config.eval_interval == 0) and step != trainer.evaluated_step:
+                val_loss = evaluate_and_save(trainer, log, step)
+                last = last or val_loss <= config.target_val_loss
+            if last:
+                break
+            lr = learning_rate(step, config)
+            loss, grad_norm = trainer.train_step(step, lr)
+            log.update(step + 1, loss, grad_norm, lr)
+            if processes.sum(stop.number):
+                if processes.is_first:
+                    trainer.save_state(step + 1)
+                log.say(f"stopped after step {step + 1:,}, all of it saved; go on with --init_from=resume")
+                sys.exit(128 + (stop.number or signal.SIGTERM))
+    log.close()
+
+
+def evaluate_and_save(trainer: Trainer, log: report.Log, step: int) -> float:
+    """Measure the losses, log them with a sample if one is due, save. Returns the validation loss."""
+    c = trainer.config
+    train_loss, val_loss = trainer.losses()
+    if not math.isfinite(val_loss):
+        raise UserError(f"the validation loss after step {step} is {val_loss}; {c.out_dir}/ckpt.pt is as it was before")
+    improved = val_loss < trainer.best_val_loss
+    trainer.best_val_loss, trainer.evaluated_step = min(val_loss, trainer.best_val_loss), step
+    if trainer.processes.is_first:
+        end = step == c.max_iters or val_loss <= c.target_val_loss
+        speaks = c.sample_interval and (end or step == c.eval_interval or (step and step % c.sample_interval == 0))
+        log.evaluation(step, train_loss, val_loss, **({"sample": trainer.sample()} if speaks else {}))
+        if improved or c.always_save_checkpoint:
+            trainer.save_state(step)
+        if improved:
+            trainer.save_best(step)
+    return val_loss
+
+
+if __name__ == "__main__":
+    run(main, config)
