@@ -109,7 +109,8 @@ def check_name(name: str, accepted: dict, where: str) -> None:
 
 def alternatives(annotation) -> tuple:
     """int | None -> (int, NoneType); int -> (int,)"""
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def parse(text: str, annotation):

@@ -133,7 +133,7 @@ def read_meta(path: Path) -> dict:
         meta = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON; {PREPARE}") from None
-    if not isinstance(meta, dict) or not META_KEYS <= meta.keys():
+    if not isinstance(meta, dict) or not meta.keys() >= META_KEYS:
         missing = META_KEYS - set(meta) if isinstance(meta, dict) else META_KEYS
         raise UserError(f"{path}: not a data set's meta.json, {', '.join(sorted(missing))} missing; {PREPARE}")
     for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes"):

@@ -58,11 +58,11 @@ def main(config: PrepareConfig) -> None:
         text, source = read_text(Path(config.input)), {"file": config.input}
     else:
         text, source = shakespeare(Path("data") / "cache")
-    tokenizer = CharTokenizer.from_text(text)
     split = int(len(text) * (1 - config.val_fraction))
     train, val = text[:split], text[split:]
     if not train or not val:
         raise UserError(f"input={config.input}: {len(text)} characters are too few to split; give a longer text")
+    tokenizer = CharTokenizer.from_text(text)
     source["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     folder = Path("data") / config.dataset
     write_dataset(folder, tokenizer, tokenizer.encode(train), tokenizer.encode(val), len(val.encode()), source)

@@ -283,8 +283,8 @@ class Trainer:
         loss = processes.sum(mean_loss.item()) / processes.count
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss at step {step} is {loss}, at a learning rate of {lr:.3g}; the weights and the checkpoint are "
-                f"as they were before it: lower learning_rate or raise warmup_iters, and go on with --init_from=resume"
+                f"the loss of step {step} is {loss}, at a learning rate of {lr:.3g}; {c.out_dir}/ckpt.pt is as it was: "
+                f"lower learning_rate or raise warmup_iters, and go on with --init_from=resume"
             )
         for o in self.optimizers:
             self.scaler.unscale_(o)

@@ -1,0 +1,255 @@
+"""The model against `transformers`, and the properties that make it a causal language model."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
+
+import model as model_module
+from model import GPT, GPTConfig, attention, sample_token
+
+SMALL = dict(vocab_size=97, block_size=24, n_layer=3, n_head=4, n_embd=32)
+
+
+def small_model(**changed) -> GPT:
+    """A small model whose every parameter, the biases and norms too, is random."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **changed}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+
+
+def reference(model: GPT) -> GPT2LMHeadModel:
+    """`transformers`' GPT-2 with the same weights; its linear layers store the transposed matrix."""
+    c = model.config
+    hf = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.block_size,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            tie_word_embeddings=c.tie_weights,
+            attn_implementation="eager",
+        )
+    ).eval()
+    ours = model.state_dict()
+    with torch.no_grad():
+        for name, p in hf.named_parameters():
+            p.copy_(ours[name].t() if is_transposed(name) else ours[name])
+    return hf
+
+
+def is_transposed(name: str) -> bool:
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_logits_and_gradients_equal_transformers(tie_weights):
+    ours = small_model(tie_weights=tie_weights)
+    theirs = reference(ours)
+    x, y = tokens(2, 24), tokens(2, 24).flip(0)
+    logits, loss = ours(x, y)
+    their_logits = theirs(x).logits
+    torch.testing.assert_close(logits, their_logits, rtol=1e-4, atol=1e-4)
+    loss.backward()
+    F.cross_entropy(their_logits.flatten(0, 1), y.flatten()).backward()
+    ours_by_name = dict(ours.named_parameters())
+    assert len(ours_by_name) == len(list(theirs.parameters()))
+    for name, p in theirs.named_parameters():
+        gradient = ours_by_name[name].grad
+        torch.testing.assert_close(gradient.t() if is_transposed(name) else gradient, p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_loss_leaves_out_targets_of_minus_one():
+    model, x, y = small_model(), tokens(2, 24), tokens(2, 24).flip(1)
+    y[:, 10:] = -1
+    expected = F.cross_entropy(model(x)[0][:, :10].flatten(0, 1), y[:, :10].flatten())
+    torch.testing.assert_close(model(x, y)[1], expected)
+
+
+def test_logits_do_not_change_when_a_later_token_changes():
+    model, x = small_model(), tokens(1, 24)
+    before = model(x)[0]
+    for t in range(1, 24):
+        changed = x.clone()
+        changed[0, t] = (x[0, t] + 1) % 97
+        after = model(changed)[0]
+        assert torch.equal(after[0, :t], before[0, :t])
+        assert not torch.allclose(after[0, t:], before[0, t:])
+
+
+def test_gradient_reaches_every_earlier_position_and_no_later_one():
+    model = small_model()
+    embedded = []
+    model.transformer.drop.register_forward_hook(lambda *args: embedded.append(args[-1]) or args[-1].retain_grad())
+    for t in range(24):
+        model(tokens(1, 24))[0][0, t].square().sum().backward()
+        reached = embedded.pop().grad[0].abs().sum(dim=-1) > 0
+        assert reached.tolist() == [position <= t for position in range(24)]
+
+
+def test_without_positions_order_is_invisible_and_with_them_it_is_not():
+    model = small_model(n_layer=1)  # in one layer, the last token sees the others as a set
+    x = tokens(1, 24)
+    shuffled = torch.cat((x[:, :-1].flip(1), x[:, -1:]), dim=1)
+    assert not torch.allclose(model(x)[0][0, -1], model(shuffled)[0][0, -1], atol=1e-3)
+    with torch.no_grad():
+        model.transformer.wpe.weight.zero_()
+    torch.testing.assert_close(model(x)[0][0, -1], model(shuffled)[0][0, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_attention_equals_scaled_dot_product_attention(bf16):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 24, 8, dtype=torch.bfloat16 if bf16 else torch.float32)
+    tolerance = dict(rtol=2e-2, atol=2e-2) if bf16 else dict(rtol=1e-5, atol=1e-5)
+    both = []
+    for function in (attention, lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        y = function(*inputs)
+        y.float().square().sum().backward()
+        both.append((y, *[t.grad for t in inputs]))
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_attention_weights_are_dropped_in_training_alone():
+    model, x = small_model(dropout=0.5), tokens(2, 24)
+    assert torch.equal(model(x)[0], model(x)[0])
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert not torch.equal(model(x)[0], model(x)[0])
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=1000, block_size=64, n_layer=4, n_head=4, n_embd=64))
+    x = torch.randint(0, 1000, (8, 64))
+    assert model(x, x.roll(-1, 1))[1].item() == pytest.approx(math.log(1000), rel=0.02)
+
+
+def test_initial_weights_have_the_spread_of_gpt2():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=1000, block_size=64, n_layer=4, n_head=4, n_embd=128))
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert p.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+        elif p.dim() == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05)
+        else:
+            assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p))
+
+
+def test_one_batch_can_be_learned_by_heart():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x, y = tokens(4, 24), tokens(4, 24).flip(0)
+    for _ in range(100):
+        loss = model(x, y)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def test_number_of_parameters():
+    assert GPT(GPTConfig()).num_params() == 124_439_808  # GPT-2 Small as OpenAI released it
+    config = GPTConfig(vocab_size=32000, block_size=512, tie_weights=False)
+    assert GPT(config).num_params() == 134_601_216
+
+
+def test_every_parameter_is_in_one_group_and_vectors_are_not_decayed():
+    for tie_weights in (True, False):
+        model = small_model(tie_weights=tie_weights)
+        groups = model.param_groups()
+        listed = [p for group in groups.values() for p in group]
+        assert len(listed) == len(set(listed)) and set(listed) == set(model.parameters())
+        assert all(p.dim() == 1 for p in groups["vector"])
+        blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+        assert set(groups["hidden"]) == set(blocks) and len(blocks) == 4 * 3
+
+
+@pytest.mark.parametrize("prompt_length", [1, 10, 24, 40])
+def test_cached_generation_equals_recomputing_the_context_also_past_block_size(prompt_length):
+    model, prompt = small_model(), tokens(2, prompt_length)
+    theirs = reference(model)
+    expected = prompt
+    for _ in range(50):
+        logits = theirs(expected[:, -24:]).logits[:, -1]
+        expected = torch.cat((expected, logits.argmax(-1, keepdim=True)), dim=1)
+    made = list(model.generate(prompt, 50, temperature=0))
+    assert torch.equal(torch.cat((prompt, *made), dim=1), expected)
+
+
+def test_cache_is_used():
+    model, lengths = small_model(), []
+    model.transformer.wte.register_forward_hook(lambda _module, args, _output: lengths.append(args[0].size(1)))
+    list(model.generate(tokens(1, 5), 10, temperature=0))
+    assert lengths == [5] + [1] * 9
+
+
+def test_generation_leaves_the_model_as_it_was():
+    model = small_model(dropout=0.1).train()
+    for _ in model.generate(tokens(1, 3), 5):
+        assert not model.training
+        break
+    assert model.training
+
+
+def test_same_generator_seed_gives_the_same_tokens():
+    model = small_model()
+    a, b, c = (
+        torch.cat(list(model.generate(tokens(1, 3), 40, generator=torch.Generator().manual_seed(seed))))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, None), (5, None), (1000, None), (None, 0.6), (None, 1e-6), (7, 0.8)]
+)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_tokens_are_drawn_with_the_probabilities_of_transformers(temperature, top_k, top_p):
+    torch.manual_seed(0)
+    logits = torch.randn(1, 30) * 2
+    kept = logits / temperature
+    if top_k:
+        kept = TopKLogitsWarper(min(top_k, 30))(None, kept)
+    if top_p:
+        kept = TopPLogitsWarper(top_p)(None, kept)
+    expected = kept.softmax(-1)[0]
+    n = 20_000
+    drawn = sample_token(logits.expand(n, -1), temperature, top_k, top_p).flatten()
+    frequency = torch.bincount(drawn, minlength=30) / n
+    assert torch.equal(frequency > 0, frequency * (expected > 0) > 0)  # none outside of what is kept
+    torch.testing.assert_close(frequency, expected, rtol=0, atol=0.02)
+
+
+def test_temperature_zero_takes_the_likeliest_token():
+    logits = torch.randn(16, 30)
+    assert torch.equal(sample_token(logits, temperature=0), logits.argmax(-1, keepdim=True))
+
+
+def test_other_devices_take_the_fused_attention(monkeypatch):
+    """What a GPU runs is `scaled_dot_product_attention`; the meta device stands for one here."""
+    calls = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        model_module.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(k) or fused(*a, **k)
+    )
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SMALL))
+        model(torch.zeros(2, 24, dtype=torch.int64))
+    assert [call["is_causal"] for call in calls] == [True] * 3

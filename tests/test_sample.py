@@ -1,0 +1,121 @@
+"""Sampling from a checkpoint, and checkpoints that are refused."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import sample
+from checkpoint import load_checkpoint
+from configurator import UserError
+from sample import SampleConfig
+
+
+@pytest.fixture
+def run(tiny_run) -> str:
+    return str(tiny_run())
+
+
+def said(capsys, run, **options) -> str:
+    capsys.readouterr()
+    sample.main(SampleConfig(out_dir=run, **{"max_new_tokens": 40, "start": "3", **options}))
+    return capsys.readouterr().out
+
+
+def test_a_seed_repeats_its_texts_exactly(run, capsys):
+    first = said(capsys, run, num_samples=3)
+    texts = first.removesuffix("\n").split("\n" + "-" * 80 + "\n")
+    assert len(texts) == 3 and len(set(texts)) == 3
+    assert all(text.startswith("3") and len(text) == 41 for text in texts)
+    assert said(capsys, run, num_samples=3) == first
+    assert said(capsys, run, num_samples=3, seed=7) != first
+
+
+def test_prompt_may_come_from_a_file(run, capsys):
+    Path("prompt.txt").write_bytes(b"1 times 1\n")
+    assert said(capsys, run, start="FILE:prompt.txt") == said(capsys, run, start="1 times 1\n")
+
+
+def test_top_k_of_one_and_temperature_zero_are_the_likeliest_text(run, capsys):
+    assert said(capsys, run, top_k=1) == said(capsys, run, temperature=0.0) == said(capsys, run, top_p=1e-6)
+
+
+def test_best_checkpoint_can_be_sampled(run, capsys):
+    assert said(capsys, run, checkpoint="best.pt").startswith("3")
+
+
+def test_the_checkpoint_is_all_that_sampling_needs(run, tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (Path(run) / "ckpt.pt").rename(elsewhere / "ckpt.pt")
+    for path in (tmp_path / "data" / "tiny").iterdir():
+        path.unlink()
+    assert said(capsys, str(elsewhere)).startswith("3")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"start": ""}, "start is empty"),
+        ({"start": "Zeus"}, "'Zeus': character 'Z' at position 0"),
+        ({"start": "FILE:none.txt"}, "none.txt"),
+        ({"start": "FILE:latin.txt"}, "byte 0 is not UTF-8"),
+        ({"checkpoint": "other.pt"}, "other.pt: no such checkpoint"),
+        ({"device": "cuda:99"}, "'cuda:99'"),
+    ],
+)
+def test_mistakes_are_named(run, options, words, capsys):
+    Path("latin.txt").write_bytes(b"\xe9")
+    with pytest.raises((UserError, OSError), match=words):
+        said(capsys, run, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_samples", 0), ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)]
+)
+def test_options_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} is {value}"):
+        SampleConfig(**{name: value})
+
+
+def test_reader_that_has_seen_enough_is_no_error(run):
+    command = [sys.executable, ROOT / "sample.py", f"--out_dir={run}", "--start=3", "--max_new_tokens=3000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("was-run",)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(run):
+    path = Path(run) / "ckpt.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "step": Malicious()}, path)
+    with pytest.raises(UserError, match=r"ckpt\.pt: can not be read as a checkpoint"):
+        load_checkpoint(path)
+    path.write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(UserError, match=r"ckpt\.pt: can not be read as a checkpoint"):
+        load_checkpoint(path)
+    assert not Path("was-run").exists()
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(run):
+    path = Path(run) / "ckpt.pt"
+    content = path.read_bytes()
+    for length in (0, 1, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"ckpt\.pt: can not be read") as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)
+    torch.save({"model": {}}, path)
+    with pytest.raises(UserError, match=r"ckpt\.pt: not a checkpoint that this program wrote"):
+        load_checkpoint(path)
