@@ -57,6 +57,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     return (weights @ v).view(B, nh, T, hs)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, with which GPT-2 was trained (https://arxiv.org/abs/1606.08415, section 2)."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        # (1 + tanh(u)) / 2 is sigmoid(2 u), which a compiled CPU kernel does in half the time of tanh.
+        u = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+        return x * torch.sigmoid(2 * u)
+    return F.gelu(x, approximate="tanh")
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, for one layer: (B, nh, up to block_size, hs)."""
 
@@ -99,8 +108,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2 was trained with the tanh form of GELU (https://arxiv.org/abs/1606.08415, section 2).
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):

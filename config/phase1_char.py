@@ -1,0 +1,34 @@
+# Phase 1: a GPT-2 of 0.4 million parameters learns to write Shakespeare, character by character.
+#
+#     python prepare_shakespeare.py
+#     python train.py config/phase1_char.py
+#
+# 20 epochs; README.md has what they cost and reach. Everything that is not here is TrainConfig's default.
+
+dataset = "shakespeare_char"
+out_dir = "out/phase1_char"
+
+# GPT-2 in every respect but size
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 128
+
+# 32 * 128 = 4,096 tokens a step, 245 steps an epoch
+batch_size = 32
+gradient_accumulation_steps = 1
+max_iters = 4900
+
+# Muon learns more from each of these few tokens than AdamW; a small model stands high rates.
+optimizer = "muon"
+muon_lr = 0.03
+learning_rate = 4e-3
+warmup_iters = 50
+lr_schedule = "linear"
+min_lr = 0.0
+
+# Evaluate at each epoch; show what the model says after epochs 1, 5, 10, 15 and 20.
+eval_interval = 245
+sample_interval = 1225
+sample_start = "ROMEO:"
+log_interval = 49
