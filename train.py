@@ -29,12 +29,14 @@ class TrainConfig:
     # input and output
     dataset: str = "openweb"  # the folder under data/ that a prepare script wrote
     out_dir: str = "out"  # where the run goes
-    init_from: Literal["scratch", "resume"] = "scratch"  # or go on from out_dir/ckpt.pt
+    init_from: Literal["scratch", "resume", "auto"] = "scratch"  # resume: from out_dir/ckpt.pt; auto: if it is there
     eval_interval: int = 2000  # steps between evaluations
     eval_iters: int = 0  # batches per evaluation; 0: every token of val.bin once
     eval_only: bool = False  # evaluate, print, and stop
+    preflight: bool = False  # check data, model and machine, print what the run will cost, and stop
     target_val_loss: float = 0.0  # stop when the validation loss is this low
-    always_save_checkpoint: bool = True  # False: ckpt.pt only when the validation loss has improved
+    always_save_checkpoint: bool = True  # False: ckpt.pt only when an evaluation has improved
+    checkpoint_interval: float = 300.0  # seconds between further saves (longer if they cost over 1%); 0: none
     log_interval: int = 10  # steps between lines of the log
     sample_interval: int = 0  # steps between samples, besides the first evaluation's; 0: none
     sample_start: str = "\n"  # their prompt
@@ -79,7 +81,7 @@ class TrainConfig:
         at_least_1 = "eval_interval log_interval sample_tokens batch_size block_size n_layer n_head n_embd"
         at_least_1 += " gradient_accumulation_steps"
         at_least_0 = "eval_iters target_val_loss sample_interval max_iters muon_lr weight_decay grad_clip"
-        at_least_0 += " warmup_iters lr_decay_iters min_lr seed dropout beta1 beta2"
+        at_least_0 += " checkpoint_interval warmup_iters lr_decay_iters min_lr seed dropout beta1 beta2"
         for lowest, names in ((1, at_least_1), (0, at_least_0)):
             for name in names.split():
                 if getattr(self, name) < lowest:
@@ -99,6 +101,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and mista
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +110,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import diagnosis
+import preflight
 import report
 import runtime
 import tokenizer
@@ -135,6 +140,13 @@ class Processes:
                 torch.cuda.set_device(self.device)
             auto = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(auto if config.backend == "auto" else config.backend)
+
+    def gather(self, value: str) -> list[str]:
+        """The `value` of every process."""
+        values = [value] * self.count
+        if self.distributed:
+            dist.all_gather_object(values, value)
+        return values
 
     def leave(self) -> None:
         if self.distributed:
@@ -213,8 +225,11 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.start_step, self.evaluated_step, self.best_val_loss = 0, -1, math.inf
-        if config.init_from == "resume":
-            self.load_state()
+        self.grad_norms: deque[float] = deque(maxlen=5)  # the last ones, to show if a step goes wrong
+        path = self.out_dir / "ckpt.pt"
+        if config.init_from == "resume" or (config.init_from == "auto" and path.exists()):
+            self.load_state(path)
+        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         self.step_model: nn.Module = self.model  # as the training step calls it: see prepare()
 
     def describe(self) -> str:
@@ -271,8 +286,7 @@ class Trainer:
         mean_loss = torch.zeros((), device=self.device)
         for i in range(n_micro):
             micro = processes.rank * n_micro + i
-            if c.dropout > 0:  # like the batch, a function of seed, step and micro
-                torch.manual_seed(int(np.random.SeedSequence((c.seed, step, micro)).generate_state(1)[0]))
+            self.seed_dropout(step, micro)
             x, y = self.micro_batch(step, micro)
             if processes.distributed:  # gradients are exchanged once, in the last backward pass
                 self.step_model.require_backward_grad_sync = i == n_micro - 1
@@ -281,19 +295,42 @@ class Trainer:
             self.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         loss = processes.sum(mean_loss.item()) / processes.count
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of step {step} is {loss}, at a learning rate of {lr:.3g}; {c.out_dir}/ckpt.pt is as it was: "
-                f"lower learning_rate or raise warmup_iters, and go on with --init_from=resume"
-            )
         for o in self.optimizers:
             self.scaler.unscale_(o)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf).item()
+        # The scaler of float16 tries scales that are too large, and leaves out the steps that show it.
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.scaler.is_enabled()):
+            raise self.not_finite(step, lr, loss, grad_norm)
         for o in self.optimizers:
             self.scaler.step(o)
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
-        return loss, grad_norm.item()
+        self.grad_norms.append(grad_norm)
+        return loss, grad_norm
+
+    def seed_dropout(self, step: int, micro: int) -> None:
+        """What is dropped is, like the batch itself, a function of the seed, the step and its part."""
+        if self.config.dropout > 0:
+            torch.manual_seed(int(np.random.SeedSequence((self.config.seed, step, micro)).generate_state(1)[0]))
+
+    def not_finite(self, step: int, lr: float, loss: float, grad_norm: float) -> Exception:
+        """The error that ends a run whose loss or gradient is not finite, with its cause."""
+        n_micro, reason = self.config.gradient_accumulation_steps // self.processes.count, ""
+        self.model.zero_grad(set_to_none=True)
+        for micro in range(self.processes.rank * n_micro, (self.processes.rank + 1) * n_micro):
+            self.seed_dropout(step, micro)
+            batches = self.micro_batch(step, micro), self.micro_batch(step - 1 if step else 1, micro)
+            autocast = runtime.autocast(self.device, self.dtype)
+            reason = reason or diagnosis.explain(self.model, *batches, autocast, self.dtype)
+        reasons = [reason for reason in self.processes.gather(reason) if reason]
+        if not self.processes.is_first:
+            return SystemExit(1)
+        before = ", ".join(f"{norm:.3g}" for norm in self.grad_norms) or "none"
+        return UserError(
+            f"step {step}: the loss is {loss:.4g}, the norm of the gradient {grad_norm:.4g}, at learning rate {lr:.3g} "
+            f"and after norms of {before}; {(reasons or ['a repetition is finite: the hardware may be to blame'])[0]}; "
+            f"the step was not taken, and {self.out_dir / 'ckpt.pt'} is as it was"
+        )
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, windows: np.ndarray) -> float:
@@ -325,19 +362,24 @@ class Trainer:
 
     def save_state(self, step: int) -> None:
         """ckpt.pt: everything that a resumed run needs."""
-        self._save(
+        started = time.perf_counter()
+        self.save_weights(
             "ckpt.pt",
             step,
             evaluated_step=self.evaluated_step,
             optimizers=[o.state_dict() for o in self.optimizers],
             scaler=self.scaler.state_dict(),
         )
+        self.saved_at = time.perf_counter()
+        self.save_seconds = self.saved_at - started
 
-    def save_best(self, step: int) -> None:
-        """best.pt: the weights alone, a third of the size."""
-        self._save("best.pt", step)
+    def save_is_due(self) -> bool:
+        """Whether checkpoint_interval has passed, and so long that saving costs under 1% of the run."""
+        interval = max(self.config.checkpoint_interval, 100 * self.save_seconds)
+        return self.config.checkpoint_interval > 0 and time.perf_counter() - self.saved_at > interval
 
-    def _save(self, name: str, step: int, **state) -> None:
+    def save_weights(self, name: str, step: int, **state) -> None:
+        """A checkpoint without the optimizer, for sampling; a third of the size."""
         save_checkpoint(
             self.out_dir / name,
             self.model,
@@ -349,9 +391,8 @@ class Trainer:
             **state,
         )
 
-    def load_state(self) -> None:
-        """Go on from ckpt.pt. Raises UserError where it contradicts the options or the data."""
-        path = self.out_dir / "ckpt.pt"
+    def load_state(self, path: Path) -> None:
+        """Go on from the checkpoint at `path`. Raises UserError where it contradicts the options or the data."""
         model, checkpoint = load_checkpoint(path)
         here = asdict(self.model.config) | {"optimizer": self.config.optimizer} | self.data.meta["sha256"]
         there = (
@@ -399,7 +440,10 @@ def main(config: TrainConfig) -> None:
     processes = Processes(config)
     try:
         trainer = Trainer(config, processes)
-        if config.eval_only:
+        if config.preflight:
+            if not preflight.run_checks(trainer):
+                raise UserError("preflight: a check has failed; the run would not do what it should")
+        elif config.eval_only:
             train_loss, val_loss = trainer.losses()
             if processes.is_first:
                 print(f"step {trainer.start_step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}")
@@ -431,9 +475,10 @@ def train(trainer: Trainer) -> None:
             lr = learning_rate(step, config)
             loss, grad_norm = trainer.train_step(step, lr)
             log.update(step + 1, loss, grad_norm, lr)
-            if processes.sum(stop.number):
-                if processes.is_first:
-                    trainer.save_state(step + 1)
+            stopped = processes.sum(stop.number)
+            if processes.is_first and (stopped or trainer.save_is_due()):
+                trainer.save_state(step + 1)
+            if stopped:
                 log.say(f"stopped after step {step + 1:,}, all of it saved; go on with --init_from=resume")
                 sys.exit(128 + (stop.number or signal.SIGTERM))
     log.close()
@@ -454,7 +499,7 @@ def evaluate_and_save(trainer: Trainer, log: report.Log, step: int) -> float:
         if improved or c.always_save_checkpoint:
             trainer.save_state(step)
         if improved:
-            trainer.save_best(step)
+            trainer.save_weights("best.pt", step)
     return val_loss
 
 

@@ -1,0 +1,242 @@
+"""The checks that a careful person makes before a long run, on the run's own options and data.
+
+    python train.py config/phase1_char.py --preflight
+
+Each check is a function of the Trainer that returns what it measured and whether that is right. All
+of them leave the run's folder as it was.
+"""
+
+import copy
+import math
+import shutil
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import runtime
+from checkpoint import load_checkpoint, tensor_bytes
+from configurator import UserError
+
+Result = tuple[bool, str]
+CHECKS: dict[str, Callable] = {}
+
+
+def check(name: str) -> Callable:
+    def register(function: Callable) -> Callable:
+        CHECKS[name] = function
+        return function
+
+    return register
+
+
+def run_checks(trainer) -> bool:
+    """Print one line per check, and the bill. Returns whether all checks passed."""
+    if trainer.processes.distributed:
+        raise UserError("preflight=True: run it without torchrun, in one process")
+    passed = True
+    for name, function in CHECKS.items():
+        ok, measured = function(trainer)
+        passed = passed and ok
+        print(f"{'ok  ' if ok else 'FAIL'} {name}: {measured}", flush=True)
+    print(bill(trainer))
+    return passed
+
+
+def plain_batch(trainer, n_sequences: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """The beginning of the first batch: small enough for checks that repeat it."""
+    x, y = trainer.micro_batch(step=0, micro=0)
+    return x[:n_sequences, :n_tokens], y[:n_sequences, :n_tokens]
+
+
+@check("initial loss")
+@torch.no_grad()
+def initial_loss(trainer) -> Result:
+    """A model that knows nothing guesses evenly, which costs ln(V)."""
+    x, y = trainer.micro_batch(step=0, micro=0)
+    loss, even = trainer.model(x, y)[1].item(), math.log(trainer.model.config.vocab_size)
+    return abs(loss / even - 1) < 0.02, f"{loss:.4f}, and ln({trainer.model.config.vocab_size}) = {even:.4f}"
+
+
+@check("gradients")
+def gradients(trainer) -> Result:
+    """A parameter without a gradient is not connected to the loss."""
+    trainer.model(*trainer.micro_batch(step=0, micro=0))[1].backward()
+    parameters = dict(trainer.model.named_parameters())
+    without = [n for n, p in parameters.items() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()]
+    trainer.model.zero_grad(set_to_none=True)
+    if without:
+        return False, f"{', '.join(without[:3])} and {max(0, len(without) - 3)} more have none"
+    return True, f"all of {len(parameters)} parameters have one"
+
+
+@check("the future, by perturbation")
+@torch.no_grad()
+def future_by_perturbation(trainer) -> Result:
+    """Changing a token must not change the logits of those before it."""
+    x, _ = plain_batch(trainer, 1, 64)
+    T, before, leak = x.size(1), trainer.model.eval()(x)[0], 0.0
+    for t in {1, T // 2, T - 1}:
+        changed = x.clone()
+        changed[0, t:] = (x[0, t:] + 1) % trainer.model.config.vocab_size
+        leak = max(leak, (trainer.model(changed)[0][0, :t] - before[0, :t]).abs().max().item())
+    trainer.model.train()
+    return leak < 1e-5, f"logits move by {leak:.1g} when later tokens change"
+
+
+@check("the future, by gradient")
+def future_by_gradient(trainer) -> Result:
+    """The gradient of a logit with respect to later tokens' embeddings must be zero."""
+    x, _ = plain_batch(trainer, 1, 64)
+    t, embedded = x.size(1) // 2, []
+    hook = trainer.model.transformer.drop.register_forward_hook(
+        lambda _module, _inputs, output: embedded.append(output) or output.retain_grad()
+    )
+    trainer.model.eval()(x)[0][0, t].float().square().sum().backward()
+    hook.remove()
+    trainer.model.train()
+    trainer.model.zero_grad(set_to_none=True)
+    per_position = embedded[0].grad[0].abs().sum(dim=-1)
+    later, earlier = per_position[t + 1 :].max().item(), per_position[: t + 1].min().item()
+    return (
+        later == 0 and earlier > 0,
+        f"position {t} gets {later:.1g} from later tokens, {earlier:.1g} or more from others",
+    )
+
+
+@check("positions")
+@torch.no_grad()
+def positions(trainer) -> Result:
+    """Without positions, a row of equal tokens gives equal logits everywhere."""
+    x, _ = plain_batch(trainer, 1, 64)
+    logits = trainer.model.eval()(torch.full_like(x, x[0, 0].item()))[0][0]
+    trainer.model.train()
+    spread = (logits - logits[0]).abs().max().item()
+    return spread > 1e-4, f"logits of equal tokens differ by {spread:.2g} between positions"
+
+
+@check("one batch by heart")
+def overfit(trainer) -> Result:
+    """A model that can not learn a few tokens by heart can not learn at all."""
+    model = copy.deepcopy(trainer.model)
+    x, y = plain_batch(trainer, 1, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=min(3e-3, 0.3 / model.config.n_embd), weight_decay=0.0)
+    updates, loss = 0, model(x, y)[1]
+    while loss.item() >= 0.1 and updates < 200:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updates, loss = updates + 1, model(x, y)[1]
+    return loss.item() < 0.1, f"loss {loss.item():.3f} on {x.numel()} tokens after {updates} updates"
+
+
+@check("data")
+def data_overlap(trainer) -> Result:
+    """Validation text that stands in the training text measures memory, not learning.
+
+    (That all ids are within the vocabulary is checked whenever a data set is opened.)
+    """
+    length, most = 64, 1 << 25  # 33 million tokens take seconds
+    train, val = trainer.data.train.open()[:most], trainer.data.val.open()[:most]
+    if len(val) < length:
+        return True, f"val.bin has {len(val)} tokens, too few to look for in train.bin"
+    starts = np.unique(np.linspace(0, len(val) - length, 1000).astype(np.int64))
+    wanted = np.unique(window_hashes(val, length)[starts])
+    found = np.isin(wanted, window_hashes(train, length)).sum()
+    return found <= 0.01 * len(wanted), (
+        f"{found} of {len(wanted)} passages of {length} tokens of val.bin are in the first {len(train):,} of train.bin"
+    )
+
+
+def window_hashes(tokens: np.ndarray, length: int) -> np.ndarray:
+    """A hash of each window of `length` tokens, a power of two: a polynomial modulo 2^64, by doubling."""
+    hashes, size, factor = tokens.astype(np.uint64) + np.uint64(1), 1, 0x9E3779B97F4A7C15
+    while size < length:
+        hashes = hashes[:-size] + hashes[size:] * np.uint64(factor)
+        size, factor = 2 * size, factor * factor % (1 << 64)
+    return hashes
+
+
+@check("text")
+def text(trainer) -> Result:
+    """Batches that do not decode to text belong to another tokenizer. Look at them."""
+    ends = []
+    for step in (0, max(0, trainer.config.max_iters - 1)):
+        said = trainer.tokenizer.decode(trainer.micro_batch(step, micro=0)[0][0].tolist())
+        ends.append(repr(said[:50]))
+    return all("\ufffd" not in said for said in ends), f"first batch {ends[0]}, last batch {ends[1]}"
+
+
+@check("checkpoint")
+def checkpoint(trainer) -> Result:
+    """A checkpoint is written to the run's folder, read back, compared and removed."""
+    path = trainer.out_dir / "preflight.pt"
+    try:
+        started = time.perf_counter()
+        trainer.save_weights(path.name, step=0)
+        seconds = time.perf_counter() - started
+        back = load_checkpoint(path)[1]["model"]
+        size = path.stat().st_size
+    finally:
+        path.unlink(missing_ok=True)
+    equal = all(torch.equal(p.cpu(), back[name]) for name, p in trainer.model.state_dict().items())
+    # Weights, two moments in the optimizer, best.pt, and a ckpt.pt being written beside the old one.
+    needed, free = 8 * tensor_bytes(trainer.model.state_dict()), shutil.disk_usage(trainer.out_dir).free
+    return equal and needed < free, (
+        f"{size / 1e6:,.0f} MB of weights written in {seconds:.1f} s and read back {'' if equal else 'not '}equal; "
+        f"the run needs {needed / 1e9:,.2f} GB of {free / 1e9:,.0f} GB free"
+    )
+
+
+@check("precision")
+@torch.no_grad()
+def precision(trainer) -> Result:
+    """The dtype of the run gives the loss that float32 gives."""
+    x, y = trainer.micro_batch(step=0, micro=0)
+    full = trainer.model(x, y)[1].item()
+    with runtime.autocast(trainer.device, trainer.dtype):
+        used = trainer.model(x, y)[1].item()
+    name = str(trainer.dtype).removeprefix("torch.")
+    return abs(used - full) < 0.01 * full, f"loss {used:.4f} in {name}, {full:.4f} in float32"
+
+
+def bill(trainer) -> str:
+    """What the run will cost on this machine, from a few of its real steps, which are then undone."""
+    c, model = trainer.config, copy.deepcopy(trainer.model.state_dict())
+    compiled = trainer.prepare()
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        trainer.train_step(0, lr=0.0)
+        seconds.append(time.perf_counter() - started)
+    trainer.model.load_state_dict(model)
+    step_seconds = sorted(seconds)[len(seconds) // 2]
+    n, tokens = trainer.model.num_params(), c.max_iters * trainer.tokens_per_step
+    # 6 N per token: a multiply and an add for each weight, once forwards and twice backwards
+    # (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section 2.1), and the products of attention.
+    flops = 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+    hours = c.max_iters * step_seconds / 3600
+    lines = [
+        f"{n:,} parameters, {tokens:,} tokens in {c.max_iters:,} steps of {trainer.tokens_per_step:,}: "
+        f"{c.max_iters / trainer.steps_per_epoch:.2f} passes over the data, {tokens / n:.1f} tokens per parameter",
+        f"{step_seconds:.3f} s a step, {trainer.tokens_per_step / step_seconds:,.0f} tokens/s, "
+        f"{flops * trainer.tokens_per_step / step_seconds / 1e9:,.0f} GFLOPS; {compiled}",
+        f"the whole run: {flops * tokens:.3g} floating-point operations, "
+        f"{f'{hours:,.1f} hours' if hours >= 1 else f'{60 * hours:,.1f} minutes'} without evaluations",
+    ]
+    lines += [f"warning: {warning}" for warning in warnings(trainer, compiled)]
+    return "\n".join(lines)
+
+
+def warnings(trainer, compiled: str) -> list[str]:
+    """What makes a run slow for no good reason."""
+    found = []
+    if trainer.dtype == torch.float32 and runtime.resolve_dtype("auto", trainer.device) != torch.float32:
+        found.append("float32, where this device has bfloat16; --dtype=auto takes it")
+    if compiled.startswith("not compiled") and trainer.config.max_iters >= 1000:
+        found.append(compiled)
+    if not trainer.data.train.in_memory:
+        found.append("train.bin does not fit into memory; each batch is read from the disk")
+    return found
