@@ -88,6 +88,10 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict]:
         raise UserError(f"{path}: can not be read as a checkpoint ({reason[:100]})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint that this program wrote (format {FORMAT})")
-    model = GPT(GPTConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (AssertionError, KeyError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path}: its weights and its model_config do not fit together ({reason})") from error
     return model, checkpoint

@@ -44,22 +44,29 @@ def configure(cls: type, argv: list[str] | None = None):
     try:
         return read_options(cls, argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
 def run(main: typing.Callable, config) -> None:
     """Call `main(config)`; what the user or the system did wrong ends in one line and exit code 1."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # a pipe on Windows would choose another encoding
+    for stream in (sys.stdout, sys.stderr):  # a pipe on Windows would choose another encoding
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main(config)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def read_options(cls: type, argv: list[str]):
@@ -90,7 +97,7 @@ def read_config_file(path: str, values: dict, accepted: dict) -> dict:
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
     except Exception as error:
-        raise UserError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
     values = dict(values)
     for name, value in namespace.items():
         if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
@@ -144,23 +151,20 @@ def check_value(name: str, value, annotation, where: str):
 
 def help_text(cls: type) -> str:
     """Every option with its default and its comment; a comment on its own line is a heading."""
-    script = Path(sys.argv[0]).name
-    lines = [dedent(cls.__doc__).strip(), "", f"usage: python {script} [config.py ...] [--option=value ...]"]
-    comments, headings = {}, {}
-    name = None  # the last field seen; a heading stands before the next one
+    lines = [
+        dedent(cls.__doc__).strip(),
+        "",
+        f"usage: python {Path(sys.argv[0]).name} [config.py ...] [--option=value ...]",
+    ]
+    defaults = {field.name: field.default for field in fields(cls)}
+    name = None
     for token in tokenize.generate_tokens(io.StringIO(dedent(getsource(cls))).readline):
-        line = token.line.strip()
-        if token.type == tokenize.COMMENT and line.startswith("#"):
-            headings[name] = token.string.lstrip("# ")
-        elif token.type == tokenize.COMMENT:
-            comments[name] = token.string.lstrip("# ")
-        elif token.type == tokenize.NAME and line.startswith(token.string + ":"):
+        line, comment = token.line.strip(), token.string.lstrip("# ")
+        if token.type == tokenize.NAME and token.string in defaults and line.startswith(token.string + ":"):
             name = token.string
-    previous = None
-    for field in fields(cls):
-        if previous in headings:
-            lines += ["", headings[previous] + ":"]
-        default = str(field.default) if str(field.default).isprintable() else repr(field.default)
-        lines.append(f"  {f'--{field.name}={default}':38} {comments.get(field.name, '')}".rstrip())
-        previous = field.name
+        elif token.type == tokenize.COMMENT and line.startswith("#"):
+            lines += ["", comment + ":"]
+        elif token.type == tokenize.COMMENT and name in defaults:
+            default = str(defaults.pop(name))
+            lines.append(f"  {f'--{name}={default if default.isprintable() else repr(default)}':38} {comment}")
     return "\n".join(lines)

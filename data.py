@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import torch
-from torch import Tensor
 
+import tokenizer
 from configurator import UserError
 
 TOKEN = np.dtype("<u2")
@@ -41,10 +40,10 @@ def atomic_write(path: Path) -> Iterator:
         temporary.unlink(missing_ok=True)
 
 
-def write_dataset(folder: Path, tokenizer, train: list[int], val: list[int], val_bytes: int, source: dict) -> None:
-    """Write the three files. meta.json goes first and comes last, so that it never describes others."""
-    if tokenizer.vocab_size > 1 << 16:
-        raise UserError(f"a vocabulary of {tokenizer.vocab_size} does not fit uint16; use at most 65,536 tokens")
+def write_dataset(folder: Path, tok, train: list[int], val: list[int], val_bytes: int, source: dict) -> None:
+    """Write the three files; meta.json is removed first and written last, so it never describes other files."""
+    if tok.vocab_size > 1 << 16:
+        raise UserError(f"a vocabulary of {tok.vocab_size} does not fit uint16; use at most 65,536 tokens")
     (folder / "meta.json").unlink(missing_ok=True)
     sha256 = {}
     for name, ids in (("train.bin", train), ("val.bin", val)):
@@ -53,8 +52,8 @@ def write_dataset(folder: Path, tokenizer, train: list[int], val: list[int], val
         with atomic_write(folder / name) as file:
             file.write(content)
     meta = {
-        "tokenizer": tokenizer.to_dict(),
-        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tok.to_dict(),
+        "vocab_size": tok.vocab_size,
         "train_tokens": len(train),
         "val_tokens": len(val),
         "val_bytes": val_bytes,
@@ -72,7 +71,8 @@ class Tokens:
         self.path = path
         size = path.stat().st_size
         self.length = size // TOKEN.itemsize
-        self.in_memory = size < psutil.virtual_memory().available / 2
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
+        self.in_memory = size < psutil.virtual_memory().available / 2 / sharing
         self.array = np.fromfile(path, dtype=TOKEN) if self.in_memory else None
 
     def __len__(self) -> int:
@@ -87,13 +87,19 @@ class Tokens:
 class Dataset:
     """The folder `data/<name>`, checked. Raises UserError for whatever is wrong with it.
 
-    meta     the content of meta.json
-    train    Tokens
-    val      Tokens
+    meta        the content of meta.json
+    tokenizer   the one that made the ids
+    train, val  Tokens
     """
 
     def __init__(self, folder: Path, block_size: int) -> None:
         self.meta = read_meta(folder / "meta.json")
+        self.tokenizer = tokenizer.from_dict(self.meta["tokenizer"])
+        if self.tokenizer.vocab_size != self.meta["vocab_size"]:
+            raise UserError(
+                f"{folder / 'meta.json'}: vocab_size is {self.meta['vocab_size']}, but its tokenizer has "
+                f"{self.tokenizer.vocab_size} tokens; {PREPARE}"
+            )
         self.train = self._open_split(folder / "train.bin", block_size)
         self.val = self._open_split(folder / "val.bin", block_size)
 
@@ -154,7 +160,7 @@ def random_offsets(seed: int, step: int, n_sequences: int, n_tokens: int, block_
     return np.random.default_rng((seed, step)).integers(n_tokens - block_size, size=n_sequences)
 
 
-def gather(tokens: Tokens, offsets: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+def gather(tokens: Tokens, offsets: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs x and targets y, both (B, T) int64, of the B windows at `offsets`.
 
     y is x moved by one token. Targets past the end of the file are -1, which the loss leaves out.
@@ -162,8 +168,7 @@ def gather(tokens: Tokens, offsets: np.ndarray, block_size: int) -> tuple[Tensor
     positions = offsets[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     last = len(tokens) - 1
     windows = tokens.open()[np.minimum(positions, last)].astype(np.int64)
-    x, y = windows[:, :-1], np.where(positions[:, 1:] <= last, windows[:, 1:], -1)
-    return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y)
+    return np.ascontiguousarray(windows[:, :-1]), np.where(positions[:, 1:] <= last, windows[:, 1:], -1)
 
 
 def whole_file_offsets(n_tokens: int, block_size: int) -> np.ndarray:

@@ -73,6 +73,10 @@ class KVCache:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
+    @property
+    def length(self) -> int:
+        return 0 if self.k is None else self.k.size(2)
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.k is not None:
             k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
@@ -175,7 +179,7 @@ class GPT(nn.Module):
         `caches`, one per layer, idx holds only the tokens that come after the cached ones.
         """
         T = idx.size(1)
-        past = 0 if caches is None or caches[0].k is None else caches[0].k.size(2)
+        past = caches[0].length if caches else 0
         assert past + T <= self.config.block_size, f"{past + T} tokens in a context of {self.config.block_size}"
         positions = torch.arange(past, past + T, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
@@ -251,6 +255,7 @@ def sample_token(
     """Draw one token for each row of the logits (B, V), float32. Returns ids (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
+    logits = logits - logits.max(dim=-1, keepdim=True).values  # so that no temperature makes one infinite
     logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         logits[:, top_k:] = -math.inf

@@ -8,6 +8,7 @@
     {"step", "epoch", "seconds", "train_loss", "val_loss"}, at times with a "sample"
 """
 
+import itertools
 import json
 import sys
 import time
@@ -30,27 +31,47 @@ class ReportConfig:
 class Log:
     """Every figure of a run passes here: to log.jsonl, to the console and, if asked for, to wandb."""
 
-    def __init__(self, config, start_step: int, tokens_per_step: int, steps_per_epoch: float, is_first: bool) -> None:
-        self.config, self.start_step = config, start_step
-        self.tokens_per_step, self.steps_per_epoch = tokens_per_step, steps_per_epoch
-        self.is_first = is_first  # of the processes; the others log nothing
+    def __init__(self, trainer) -> None:
+        self.config, self.step = trainer.config, trainer.start_step
+        self.tokens_per_step, self.steps_per_epoch = trainer.tokens_per_step, trainer.steps_per_epoch
+        self.is_first = trainer.processes.is_first  # the other processes log nothing
         self.wandb, self.seconds_before = None, 0.0
-        shown = is_first and sys.stderr.isatty()
-        self.bar = tqdm(total=config.max_iters, initial=start_step, unit="step", disable=not shown)
-        if is_first:
-            self.path = Path(config.out_dir) / "log.jsonl"
+        shown = self.is_first and sys.stderr.isatty()
+        self.bar = tqdm(total=self.config.max_iters, initial=self.step, unit="step", disable=not shown)
+        if self.is_first:
+            self.path = trainer.out_dir / "log.jsonl"
+            if not trainer.resumed:
+                self._set_aside(trainer.out_dir)
             # A resumed run goes on behind its checkpoint: what was logged after that is done again.
-            earlier = [r for r in read_log(self.path) if r["step"] <= start_step] if start_step else []
+            earlier = read_log(self.path) if self.path.exists() else []
+            earlier = [r for r in earlier if r["step"] <= self.step]
             if earlier:
                 self.seconds_before = earlier[-1]["seconds"]
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(r).encode() + b"\n" for r in earlier)
-            if config.wandb_log:
-                self.wandb = start_wandb(config)
+            if self.config.wandb_log:
+                self.wandb = start_wandb(self.config)
         self.start_clock()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def _set_aside(self, out_dir: Path) -> None:
+        """A run that starts anew does not cost an earlier one: its folder gets a number."""
+        if (out_dir / "ckpt.pt").exists():
+            numbered = (out_dir.with_name(f"{out_dir.name}.{n}") for n in itertools.count(1))
+            aside = next(path for path in numbered if not path.exists())
+            out_dir.rename(aside)
+            self.say(f"the earlier run in {out_dir} is now in {aside}; to go on with it, --init_from=resume")
 
     def start_clock(self) -> None:
         self.started = self.interval_started = time.perf_counter()
+        self.interval_step = self.step
 
     def update(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
         """The update number `step` is done; every `log_interval`-th is logged."""
@@ -58,11 +79,11 @@ class Log:
         if step % self.config.log_interval:
             return
         now = time.perf_counter()
-        speed = self.config.log_interval * self.tokens_per_step / (now - self.interval_started)
-        self.interval_started = now
+        speed = (step - self.interval_step) * self.tokens_per_step / (now - self.interval_started)
+        self.interval_started, self.interval_step = now, step
         self._record(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_second=round(speed))
         if self.bar.disable:
-            left = (self.config.max_iters - step) * (now - self.started) / (step - self.start_step)
+            left = (self.config.max_iters - step) * self.tokens_per_step / speed
             self.say(
                 f"step {step:6,} | epoch {step / self.steps_per_epoch:5.2f} | loss {loss:.4f} | "
                 f"{speed:,.0f} tokens/s | {tqdm.format_interval(left)} left"
@@ -77,18 +98,13 @@ class Log:
             f"step {step:6,} | epoch {step / self.steps_per_epoch:5.2f} | "
             f"training loss {train_loss:.4f} | validation loss {val_loss:.4f}"
         )
-        self.interval_started = time.perf_counter()
+        self.interval_started, self.interval_step = time.perf_counter(), step
 
     def say(self, line: str) -> None:
         """Print a line; the progress bar stays below it."""
         if self.is_first:
             self.bar.write(line, file=sys.stdout)
             sys.stdout.flush()
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
 
     def _record(self, step: int, **figures) -> None:
         if not self.is_first:

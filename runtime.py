@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
 
 from configurator import UserError
 
@@ -38,9 +37,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        features = torch.cpu.get_capabilities()  # of x86 and of ARM
+        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
     else:
-        native = False
+        native = False  # Apple's GPU has no faster path for it
     return torch.bfloat16 if native else torch.float32
 
 
@@ -64,12 +64,12 @@ def why_not_compile(option: bool | str, device: torch.device, steps: int) -> str
     return ""
 
 
-def compile_model(model: nn.Module, try_out: Callable[[nn.Module], None]) -> tuple[nn.Module, str]:
-    """The compiled model, or the plain one and why: compilation happens, and fails, in `try_out`."""
+def compile_model(model: Callable, try_out: Callable[[Callable], object]) -> tuple[Callable, str]:
+    """The model (or its forward) compiled, or as it is and why: compilation happens, and fails, in `try_out`."""
     compiled = torch.compile(model)
     try:
         try_out(compiled)
     except Exception as error:  # a missing compiler or header, an unsupported processor, ...
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return model, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
     return compiled, ""

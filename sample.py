@@ -24,7 +24,7 @@ class SampleConfig:
     seed: int = 1337  # the same seed writes the same texts
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
-    compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: no, it pays for very long texts only
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: no, it takes longer than most texts
 
     def __post_init__(self) -> None:
         for name, lowest in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0)):
@@ -32,6 +32,8 @@ class SampleConfig:
                 raise UserError(f"{name} is {getattr(self, name)} but must be at least {lowest}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k} but must be at least 1")
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed is {self.seed} but must be at least 0 and below 2 ** 63")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p} but must be above 0 and at most 1")
 
@@ -39,6 +41,7 @@ class SampleConfig:
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
     config = configure(SampleConfig)
 
+import sys
 from pathlib import Path
 
 import torch
@@ -65,11 +68,13 @@ def main(config: SampleConfig) -> None:
     dtype = runtime.resolve_dtype(config.dtype, device)
     model, checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint)
     model.to(device)
-    if config.compile is True:
-        model.compile(dynamic=True)  # each step is one token longer than the last
     tok = tokenizer.from_dict(checkpoint["tokenizer"])
     start = read_start(config.start)
     prompt = torch.tensor([tok.encode(start)], device=device)  # (1, T)
+    if config.compile is True:
+        model.forward, reason = runtime.compile_model(model.forward, lambda forward: forward(prompt))
+        if reason:
+            print(f"not compiled: {reason}", file=sys.stderr)
     generator = torch.Generator(device).manual_seed(config.seed)
     for n in range(config.num_samples):
         if n > 0:

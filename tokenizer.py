@@ -38,7 +38,7 @@ class CharTokenizer:
             char = error.args[0]
             raise UserError(
                 f"{text[:30]!r}: character {char!r} at position {text.index(char)} is not among the "
-                f"{self.vocab_size} characters of this vocabulary: {self.chars!r}"
+                f"{self.vocab_size} characters of this vocabulary: {self.chars[:200]!r}"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -16,7 +16,7 @@ Reads data/<dataset>/ and writes to out_dir:
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from configurator import UserError, configure, run
@@ -35,10 +35,10 @@ class TrainConfig:
     eval_only: bool = False  # evaluate, print, and stop
     preflight: bool = False  # check data, model and machine, print what the run will cost, and stop
     target_val_loss: float = 0.0  # stop when the validation loss is this low
-    always_save_checkpoint: bool = True  # False: ckpt.pt only when an evaluation has improved
+    always_save_checkpoint: bool = True  # False: ckpt.pt is saved only when the validation loss has improved
     checkpoint_interval: float = 300.0  # seconds between further saves (longer if they cost over 1%); 0: none
     log_interval: int = 10  # steps between lines of the log
-    sample_interval: int = 0  # steps between samples, besides the first evaluation's; 0: none
+    sample_interval: int = 0  # evaluations at multiples of it, and the first after step 0, have a sample; 0: none
     sample_start: str = "\n"  # their prompt
     sample_tokens: int = 300  # their length
     wandb_log: bool = False  # log to Weights & Biases too
@@ -57,8 +57,8 @@ class TrainConfig:
     tie_weights: bool = True  # the head is the token embedding
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, adamw for the rest
-    learning_rate: float = 6e-4  # peak, of adamw
-    muon_lr: float = 0.02  # peak, of muon
+    learning_rate: float = 6e-4  # peak of the learning rate, of adamw
+    muon_lr: float = 0.02  # the same, of muon
     max_iters: int = 600000  # steps
     weight_decay: float = 0.1  # of matrices; biases and LayerNorms have none
     beta1: float = 0.9  # adamw's memory of gradients
@@ -75,24 +75,37 @@ class TrainConfig:
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model
-    backend: str = "auto"  # of torch.distributed: nccl or gloo
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed: nccl on CUDA, gloo elsewhere
 
     def __post_init__(self) -> None:
-        at_least_1 = "eval_interval log_interval sample_tokens batch_size block_size n_layer n_head n_embd"
-        at_least_1 += " gradient_accumulation_steps"
-        at_least_0 = "eval_iters target_val_loss sample_interval max_iters muon_lr weight_decay grad_clip"
-        at_least_0 += " checkpoint_interval warmup_iters lr_decay_iters min_lr seed dropout beta1 beta2"
-        for lowest, names in ((1, at_least_1), (0, at_least_0)):
-            for name in names.split():
-                if getattr(self, name) < lowest:
-                    raise UserError(f"{name} is {getattr(self, name)} but must be at least {lowest}")
+        counts = ("eval_interval", "log_interval", "sample_tokens", "batch_size", "block_size", "n_layer", "n_head")
+        for name in (*counts, "n_embd", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)} but must be at least 1")
+        amounts = ("eval_iters", "target_val_loss", "sample_interval", "checkpoint_interval", "max_iters", "muon_lr")
+        for name in (*amounts, "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)} but must be at least 0")
         for name in ("dropout", "beta1", "beta2"):
-            if getattr(self, name) >= 1:
-                raise UserError(f"{name} is {getattr(self, name)} but must be below 1")
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)} but must be at least 0 and below 1")
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate is {self.learning_rate} but must be above 0")
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            raise UserError(
+                f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it, or decay_lr=False"
+            )
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} can not be split among n_head={self.n_head}; choose a multiple")
+        if self.sample_interval % self.eval_interval:
+            raise UserError(
+                f"sample_interval={self.sample_interval}: samples go with evaluations; "
+                f"choose a multiple of eval_interval={self.eval_interval}"
+            )
+        if self.sample_interval and not self.sample_start:
+            raise UserError("sample_start is empty, and a model can only go on from something; try --sample_start=A")
+        if self.seed >= 1 << 63:
+            raise UserError(f"seed is {self.seed} but must be below 2 ** 63")
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
@@ -114,10 +127,10 @@ import diagnosis
 import preflight
 import report
 import runtime
-import tokenizer
 from checkpoint import load_checkpoint, save_checkpoint
 from data import Dataset, Tokens, gather, random_offsets, spread_offsets, whole_file_offsets
 from model import GPT, GPTConfig
+from muon import Muon
 
 
 class Processes:
@@ -134,12 +147,27 @@ class Processes:
                 f"gradient_accumulation_steps={config.gradient_accumulation_steps} can not be divided among "
                 f"{self.count} processes; set it to a multiple of {self.count}"
             )
-        if self.distributed:
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-            auto = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(auto if config.backend == "auto" else config.backend)
+        if not self.distributed:
+            return
+        if self.device.type == "cuda":
+            self.device = runtime.resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(self.device)
+        elif self.device.type == "mps":  # which no backend serves
+            self.device = torch.device("cpu")
+        backend = config.backend
+        if backend == "auto":
+            backend = "nccl" if self.device.type == "cuda" and dist.is_nccl_available() else "gloo"
+        if backend == "nccl" and (self.device.type != "cuda" or not dist.is_nccl_available()):
+            raise UserError(f"backend=nccl can not be used on {self.device} here; take gloo")
+        dist.init_process_group(backend)
+
+    def sum(self, value: float) -> float:
+        """`value` summed over all processes."""
+        if not self.distributed:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
 
     def gather(self, value: str) -> list[str]:
         """The `value` of every process."""
@@ -151,14 +179,6 @@ class Processes:
     def leave(self) -> None:
         if self.distributed:
             dist.destroy_process_group()
-
-    def sum(self, value: float) -> float:
-        """`value` summed over all processes."""
-        if not self.distributed:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.item()
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -174,22 +194,19 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
-
-    Muon (https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the
-    nearest orthogonal matrix, so that every direction of the weights moves equally.
-    """
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
     groups = model.param_groups()
     matrices, optimizers = groups["hidden"] + groups["embedding"], []
     if config.optimizer == "muon":
         matrices = groups["embedding"]
-        optimizers.append(torch.optim.Muon(groups["hidden"], lr=config.muon_lr, weight_decay=config.weight_decay))
+        dtype = runtime.resolve_dtype("auto", device)
+        optimizers.append(Muon(groups["hidden"], lr=config.muon_lr, weight_decay=config.weight_decay, dtype=dtype))
     adamw_groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": groups["vector"], "weight_decay": 0.0},
     ]
-    betas, fused = (config.beta1, config.beta2), device.type in ("cpu", "cuda", "mps")
-    optimizers.append(torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=betas, fused=fused))
+    betas = (config.beta1, config.beta2)
+    optimizers.append(torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=betas, fused=True))
     every = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert len(every) == len(set(every)) and set(every) == set(model.parameters())
     for o in optimizers:
@@ -206,7 +223,7 @@ class Trainer:
         self.dtype = runtime.resolve_dtype(config.dtype, self.device)
         self.out_dir = Path(config.out_dir)
         self.data = Dataset(Path("data") / config.dataset, config.block_size)
-        self.tokenizer = tokenizer.from_dict(self.data.meta["tokenizer"])
+        self.tokenizer = self.data.tokenizer
         self.prompt = self.tokenizer.encode(config.sample_start) if config.sample_interval else []
         self.tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
         self.steps_per_epoch = len(self.data.train) / self.tokens_per_step
@@ -214,7 +231,7 @@ class Trainer:
         # and just as much of train.bin.
         windows = whole_file_offsets(len(self.data.val), config.block_size)
         if 0 < config.eval_iters * config.batch_size < len(windows):
-            windows = windows[spread_offsets(config.eval_iters * config.batch_size, len(windows), block_size=0)]
+            windows = windows[np.linspace(0, len(windows) - 1, config.eval_iters * config.batch_size).astype(int)]
         self.val_windows = windows
         self.train_windows = spread_offsets(len(windows), len(self.data.train), config.block_size)
 
@@ -227,7 +244,8 @@ class Trainer:
         self.start_step, self.evaluated_step, self.best_val_loss = 0, -1, math.inf
         self.grad_norms: deque[float] = deque(maxlen=5)  # the last ones, to show if a step goes wrong
         path = self.out_dir / "ckpt.pt"
-        if config.init_from == "resume" or (config.init_from == "auto" and path.exists()):
+        self.resumed = config.init_from == "resume" or (config.init_from == "auto" and path.exists())
+        if self.resumed:
             self.load_state(path)
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         self.step_model: nn.Module = self.model  # as the training step calls it: see prepare()
@@ -244,24 +262,28 @@ class Trainer:
         )
 
     def prepare(self) -> str:
-        """Wrap the model for many processes and compile it. Returns a line about the latter."""
+        """Compile the model and wrap it for many processes. Returns a line about the former."""
         started = time.perf_counter()
+        reason = runtime.why_not_compile(self.config.compile, self.device, self.config.max_iters - self.start_step)
+        if not reason:
+            self.step_model, reason = runtime.compile_model(self.model, self.try_out)
+            failures = self.processes.sum(bool(reason))
+            if failures:  # in one process: then all do without
+                self.step_model, reason = self.model, reason or f"failed in {failures:.0f} of the processes"
         if self.processes.distributed:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.step_model = DistributedDataParallel(self.model, device_ids=ids)
-        steps = self.config.max_iters - self.start_step
-        reason = runtime.why_not_compile(self.config.compile, self.device, steps)
-        if not reason:
-            self.step_model, reason = runtime.compile_model(self.step_model, self.try_out)
+            self.step_model = DistributedDataParallel(self.step_model, device_ids=ids)
         return f"not compiled: {reason}" if reason else f"compiled in {time.perf_counter() - started:.0f} s"
 
     def try_out(self, model: nn.Module) -> None:
         """Compilation happens when a model is first called, forwards and backwards."""
         x, y = self.micro_batch(step=0, micro=0)
-        with runtime.autocast(self.device, self.dtype):
-            loss = model(x, y)[1]
-        loss.backward()
-        self.model.zero_grad(set_to_none=True)
+        try:
+            with runtime.autocast(self.device, self.dtype):
+                loss = model(x, y)[1]
+            loss.backward()
+        finally:
+            self.model.zero_grad(set_to_none=True)
 
     def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (B, T) each, of the step's forward pass number `micro`."""
@@ -272,7 +294,7 @@ class Trainer:
 
     def batch(self, tokens: Tokens, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
         """The windows at `offsets` as inputs and targets, (B, T) each, on the device."""
-        x, y = gather(tokens, offsets, self.config.block_size)
+        x, y = map(torch.from_numpy, gather(tokens, offsets, self.config.block_size))
         if self.device.type == "cuda":  # from pinned memory the copy runs beside the computation
             return x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device), y.to(self.device)
@@ -297,12 +319,15 @@ class Trainer:
         loss = processes.sum(mean_loss.item()) / processes.count
         for o in self.optimizers:
             self.scaler.unscale_(o)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf).item()
-        # The scaler of float16 tries scales that are too large, and leaves out the steps that show it.
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.scaler.is_enabled()):
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            if c.grad_clip:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), c.grad_clip, torch.tensor(grad_norm))
+            for o in self.optimizers:
+                self.scaler.step(o)
+        elif not math.isfinite(loss) or not self.scaler.is_enabled():
             raise self.not_finite(step, lr, loss, grad_norm)
-        for o in self.optimizers:
-            self.scaler.step(o)
+        # else the scaler of float16 has tried a scale that is too large: it lowers it, and the step is left out
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         self.grad_norms.append(grad_norm)
@@ -334,7 +359,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, windows: np.ndarray) -> float:
-        """Mean loss of the windows, in nats per token; the processes share the work."""
+        """Mean loss of the windows, in nats per token; the processes share the work.
+
+        Uncompiled: another compilation, for another kind of call, would cost more than it saves.
+        """
         self.model.eval()
         total, count = 0.0, 0
         mine = windows[self.processes.rank :: self.processes.count]
@@ -375,11 +403,12 @@ class Trainer:
 
     def save_is_due(self) -> bool:
         """Whether checkpoint_interval has passed, and so long that saving costs under 1% of the run."""
-        interval = max(self.config.checkpoint_interval, 100 * self.save_seconds)
-        return self.config.checkpoint_interval > 0 and time.perf_counter() - self.saved_at > interval
+        c, interval = self.config, max(self.config.checkpoint_interval, 100 * self.save_seconds)
+        wanted = c.checkpoint_interval > 0 and c.always_save_checkpoint
+        return wanted and time.perf_counter() - self.saved_at > interval
 
     def save_weights(self, name: str, step: int, **state) -> None:
-        """A checkpoint without the optimizer, for sampling; a third of the size."""
+        """A checkpoint of the weights, enough for sampling and a third of the size, and of `state`."""
         save_checkpoint(
             self.out_dir / name,
             self.model,
@@ -408,7 +437,12 @@ class Trainer:
         for o, saved in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             # Rates and decays are this run's options, which may have changed, not those of the file.
             o.load_state_dict({"state": saved["state"], "param_groups": o.state_dict()["param_groups"]})
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"] and self.scaler.is_enabled():  # empty when dtype was not float16
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["step"] > self.config.max_iters:
+            raise UserError(
+                f"{path} is at step {checkpoint['step']}, beyond max_iters={self.config.max_iters}; raise max_iters"
+            )
         self.start_step, self.evaluated_step = checkpoint["step"], checkpoint["evaluated_step"]
         self.best_val_loss = checkpoint["best_val_loss"]
 
@@ -421,13 +455,16 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self.number = 0
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: no SIGHUP
-        self.before = {name: signal.signal(getattr(signal, name), self.receive) for name in names}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        self.before = {n: signal.getsignal(n) for n in numbers}
+        for n, handler in self.before.items():
+            if handler != signal.SIG_IGN:  # as nohup has it for SIGHUP
+                signal.signal(n, self.receive)
         return self
 
     def __exit__(self, *_) -> None:
-        for name, handler in self.before.items():
-            signal.signal(getattr(signal, name), handler)
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
 
     def receive(self, number: int, _frame) -> None:
         if self.number and number == signal.SIGINT:
@@ -436,7 +473,9 @@ class StopSignal:
 
 
 def main(config: TrainConfig) -> None:
-    """Train, or evaluate, as `config` says; under torchrun as one of several processes."""
+    """Train, evaluate or check, as `config` says; under torchrun as one of several processes."""
+    if config.preflight:
+        config = replace(config, init_from="scratch")
     processes = Processes(config)
     try:
         trainer = Trainer(config, processes)
@@ -453,6 +492,13 @@ def main(config: TrainConfig) -> None:
                 report.main(report.ReportConfig(config.out_dir))
                 print(f"{config.out_dir} has ckpt.pt, best.pt, log.jsonl, samples.md and loss.png; let it speak with")
                 print(f"    python sample.py --out_dir={config.out_dir}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise UserError(
+                f"out of memory at batch_size={config.batch_size}; lower it, and raise gradient_accumulation_steps="
+                f"{config.gradient_accumulation_steps} by the same factor to compute the same"
+            ) from error
+        raise
     finally:
         processes.leave()
 
@@ -460,16 +506,14 @@ def main(config: TrainConfig) -> None:
 def train(trainer: Trainer) -> None:
     """In a fixed order: evaluate and save if it is time, stop if that was the end, take a step, log it."""
     config, processes = trainer.config, trainer.processes
-    log = report.Log(config, trainer.start_step, trainer.tokens_per_step, trainer.steps_per_epoch, processes.is_first)
-    log.say(trainer.describe())
-    log.say(trainer.prepare())
-    log.start_clock()
-    with StopSignal() as stop:
+    with StopSignal() as stop, report.Log(trainer) as log:
+        log.say(trainer.describe())
+        log.say(trainer.prepare())
+        log.start_clock()
         for step in range(trainer.start_step, config.max_iters + 1):
             last = step == config.max_iters
             if (last or step % config.eval_interval == 0) and step != trainer.evaluated_step:
-                val_loss = evaluate_and_save(trainer, log, step)
-                last = last or val_loss <= config.target_val_loss
+                last = evaluate_and_save(trainer, log, step, last)
             if last:
                 break
             lr = learning_rate(step, config)
@@ -481,26 +525,25 @@ def train(trainer: Trainer) -> None:
             if stopped:
                 log.say(f"stopped after step {step + 1:,}, all of it saved; go on with --init_from=resume")
                 sys.exit(128 + (stop.number or signal.SIGTERM))
-    log.close()
 
 
-def evaluate_and_save(trainer: Trainer, log: report.Log, step: int) -> float:
-    """Measure the losses, log them with a sample if one is due, save. Returns the validation loss."""
+def evaluate_and_save(trainer: Trainer, log: report.Log, step: int, last: bool) -> bool:
+    """Measure the losses, log them with a sample if one is due, save. Returns whether the run ends here."""
     c = trainer.config
     train_loss, val_loss = trainer.losses()
     if not math.isfinite(val_loss):
         raise UserError(f"the validation loss after step {step} is {val_loss}; {c.out_dir}/ckpt.pt is as it was before")
+    last = last or val_loss <= c.target_val_loss
     improved = val_loss < trainer.best_val_loss
     trainer.best_val_loss, trainer.evaluated_step = min(val_loss, trainer.best_val_loss), step
     if trainer.processes.is_first:
-        end = step == c.max_iters or val_loss <= c.target_val_loss
-        speaks = c.sample_interval and (end or step == c.eval_interval or (step and step % c.sample_interval == 0))
-        log.evaluation(step, train_loss, val_loss, **({"sample": trainer.sample()} if speaks else {}))
+        due = c.sample_interval and step and (last or step == c.eval_interval or step % c.sample_interval == 0)
+        log.evaluation(step, train_loss, val_loss, **({"sample": trainer.sample()} if due else {}))
         if improved or c.always_save_checkpoint:
             trainer.save_state(step)
         if improved:
             trainer.save_weights("best.pt", step)
-    return val_loss
+    return last
 
 
 if __name__ == "__main__":

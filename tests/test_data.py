@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from conftest import TEXT
 
 import data
@@ -62,7 +61,7 @@ def test_batch_has_the_text_and_its_next_characters(dataset):
     for row, offset in enumerate((0, 100, n - 17)):
         assert tok.decode(x[row].tolist()) == TEXT[offset : offset + 16]
         assert tok.decode(y[row].tolist()) == TEXT[offset + 1 : offset + 17]
-    assert x.dtype == y.dtype == torch.int64
+    assert x.dtype == y.dtype == np.int64
 
 
 def test_random_offsets_cover_the_file_and_depend_on_seed_and_step_alone():
@@ -77,9 +76,8 @@ def test_random_offsets_cover_the_file_and_depend_on_seed_and_step_alone():
 def test_evaluation_sees_every_token_but_the_first_as_a_target_once(dataset, block_size):
     val = Dataset(dataset, block_size).val
     x, y = gather(val, whole_file_offsets(len(val), block_size), block_size)
-    everything = torch.from_numpy(val.open().astype(np.int64))
-    assert torch.equal(y[y >= 0], everything[1:])
-    assert torch.equal(x[y >= 0], everything[:-1])
+    assert np.array_equal(y[y >= 0], val.open()[1:])
+    assert np.array_equal(x[y >= 0], val.open()[:-1])
 
 
 def test_spread_windows_reach_from_the_first_token_to_the_last():
@@ -93,7 +91,7 @@ def test_mapped_file_gives_the_same_batches_as_one_in_memory(dataset, monkeypatc
     mapped = Dataset(dataset, 16).train
     assert isinstance(mapped.open(), np.memmap) and not isinstance(in_memory.open(), np.memmap)
     for a, b in zip(gather(mapped, offsets, 16), gather(in_memory, offsets, 16), strict=True):
-        assert torch.equal(a, b)
+        assert np.array_equal(a, b)
 
 
 def edit_meta(**changed):
@@ -121,7 +119,11 @@ def flip_a_bit(folder):
         (lambda folder: (folder / "meta.json").write_text("3"), ["meta.json", "vocab_size", "missing"]),
         (edit_meta(vocab_size="many"), ["meta.json", "vocab_size", "'many'", "whole number"]),
         (edit_meta(sha256={}), ["meta.json", "sha256", "train.bin"]),
-        (edit_meta(vocab_size=5), ["train.bin", "token id 17", "vocabulary of 5"]),
+        (edit_meta(vocab_size=5), ["meta.json", "vocab_size is 5", "18 tokens", "prepare"]),
+        (
+            edit_meta(vocab_size=5, tokenizer={"kind": "char", "chars": "abcde"}),
+            ["train.bin", "token id 17", "vocabulary of 5"],
+        ),
         (edit_meta(train_tokens=3), ["train.bin", "meta.json promises 6", "prepare"]),
         (lambda folder: os.truncate(folder / "val.bin", 801), ["val.bin", "801 bytes", "cut", "prepare"]),
         (lambda folder: os.truncate(folder / "val.bin", 800), ["val.bin", "800 bytes", "promises", "prepare"]),

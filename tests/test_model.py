@@ -122,13 +122,17 @@ def test_attention_equals_scaled_dot_product_attention(bf16):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-def test_attention_weights_are_dropped_in_training_alone():
+@pytest.mark.parametrize("part", ["attention weights", "embedding", "attention output", "mlp output"])
+def test_each_place_drops_in_training_alone(part):
     model, x = small_model(dropout=0.5), tokens(2, 24)
     assert torch.equal(model(x)[0], model(x)[0])
     model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+    places = {"embedding": "transformer.drop", "attention output": "attn.resid_dropout", "mlp output": "mlp.dropout"}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and not name.endswith(places.get(part, "none")):
             module.p = 0.0
+        if isinstance(module, model_module.CausalSelfAttention) and part != "attention weights":
+            module.dropout = 0.0
     assert not torch.equal(model(x)[0], model(x)[0])
 
 
@@ -251,5 +255,7 @@ def test_other_devices_take_the_fused_attention(monkeypatch):
     )
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMALL))
-        model(torch.zeros(2, 24, dtype=torch.int64))
-    assert [call["is_causal"] for call in calls] == [True] * 3
+        caches = [model_module.KVCache() for _ in range(3)]
+        model(torch.zeros(2, 23, dtype=torch.int64), caches=caches)
+        model(torch.zeros(2, 1, dtype=torch.int64), caches=caches)  # one query sees all keys
+    assert [call["is_causal"] for call in calls] == [True] * 3 + [False] * 3

@@ -57,7 +57,7 @@ def server(monkeypatch):
     monkeypatch.setattr(prepare, "URL", f"http://127.0.0.1:{httpd.server_port}/input.txt")
     monkeypatch.setattr(prepare, "LENGTH", len(CONTENT))
     monkeypatch.setattr(prepare, "SHA256", hashlib.sha256(CONTENT).hexdigest())
-    monkeypatch.setattr(prepare.Retry, "DEFAULT_BACKOFF_MAX", 0)  # no waiting here
+    monkeypatch.setattr(prepare.Retry, "get_backoff_time", lambda _: 0)  # no waiting here
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     yield replies, requests
@@ -109,6 +109,15 @@ def test_damaged_cache_is_downloaded_anew(server, tmp_path):
     (tmp_path / "tinyshakespeare.txt").write_bytes(b"damaged")
     assert prepare.shakespeare(tmp_path)[0] == TEXT
     assert (tmp_path / "tinyshakespeare.txt").read_bytes() == CONTENT
+
+
+def test_the_split_of_tinyshakespeare_is_that_of_the_field(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = ("abc " * prepare.LENGTH)[: prepare.LENGTH]
+    monkeypatch.setattr(prepare, "shakespeare", lambda _: (text, {"url": prepare.URL}))
+    prepare.main(prepare.PrepareConfig())
+    sizes = [(tmp_path / "data" / "shakespeare_char" / name).stat().st_size for name in ("train.bin", "val.bin")]
+    assert sizes == [2 * 1_003_854, 2 * 111_540]
 
 
 def test_speeches_are_taken_from_markdown():

@@ -88,7 +88,7 @@ def test_reader_that_has_seen_enough_is_no_error(run):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.read(5)
     process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 0
+    assert process.stderr.read() == "" and process.wait() == 141
 
 
 class Malicious:

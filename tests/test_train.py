@@ -14,12 +14,12 @@ import torch
 from conftest import ROOT, TEXT
 from test_model import reference
 
-import model
 import report
 import runtime
 import train
 from checkpoint import load_checkpoint
 from configurator import UserError, read_options
+from muon import Muon
 
 CPU = torch.device("cpu")
 
@@ -67,19 +67,17 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_run, monkeypat
     whole = tiny_run(out_dir="out/whole", sample_interval=6, sample_start="1", **changed)
     taken = train.Trainer.train_step
 
-    def stop_after_step_4_and_9(trainer, step, lr):
-        if step in (4, 9):
+    def stop_after_steps(trainer, step, lr):
+        if step in (4, 5, 9):  # 6 steps done: an evaluation is due, and was not yet made
             os.kill(os.getpid(), signal.SIGTERM)
         return taken(trainer, step, lr)
 
-    monkeypatch.setattr(train.Trainer, "train_step", stop_after_step_4_and_9)
-    for init_from, code in (("scratch", 143), ("resume", 143), ("resume", None)):
-        if code is None:
+    monkeypatch.setattr(train.Trainer, "train_step", stop_after_steps)
+    for init_from in ("scratch", "resume", "resume"):
+        with pytest.raises(SystemExit) as exit_:
             tiny_run(out_dir="out/parts", init_from=init_from, sample_interval=6, sample_start="1", **changed)
-        else:
-            with pytest.raises(SystemExit) as exit_:
-                tiny_run(out_dir="out/parts", init_from=init_from, sample_interval=6, sample_start="1", **changed)
-            assert exit_.value.code == code
+        assert exit_.value.code == 143
+    tiny_run(out_dir="out/parts", init_from="resume", sample_interval=6, sample_start="1", **changed)
     assert_same_run(whole, Path("out/parts"))
     assert len(logged(whole)) == 12 + 3
 
@@ -101,8 +99,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_run):
         batches = [trainer.micro_batch(step, micro) for micro in range(2)]
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
         assert x.shape == (8, 16)
-        ours(x, y)[1].backward()
-        torch.nn.utils.clip_grad_norm_(ours.parameters(), 0.5)
+        loss = ours(x, y)[1]
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(ours.parameters(), 0.5)
+        record = [r for r in logged(out_dir) if "loss" in r][step]
+        assert (record["loss"], record["grad_norm"]) == pytest.approx((loss.item(), norm.item()), rel=1e-4)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, config)
         optimizer.step()
@@ -128,13 +129,36 @@ def test_validation_loss_is_that_of_transformers_over_every_token(tiny_run):
     assert evaluations[-1]["val_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
 
 
-def test_muon_steps_the_matrices_of_the_blocks_as_torch_does_and_adamw_the_rest(tiny_run):
-    config = read_options(train.TrainConfig, options(tiny_run, optimizer="muon"))
-    gpt = model.GPT(model.GPTConfig(vocab_size=18, block_size=16, n_layer=2, n_head=2, n_embd=16))
-    muon, adamw = train.make_optimizers(gpt, config, CPU)
-    assert type(muon) is torch.optim.Muon and type(adamw) is torch.optim.AdamW
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_steps_as_torch_does(dtype):
+    """The same weights after ten steps; in float32 as near as torch's own products in bfloat16 are to it."""
+    torch.manual_seed(0)
+    shapes = [(48, 16), (16, 16), (48, 16), (16, 64), (64, 16), (16, 16)]
+    start = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    optimizers = Muon(ours, lr=0.1, weight_decay=0.2, dtype=dtype), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)
+    for _ in range(10):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, w in zip(ours, theirs, start, strict=True):
+        assert (b - w).abs().max() > 0.3
+        tolerance = 1e-6 if dtype == torch.bfloat16 else 0.03
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest_at_proportional_rates(tiny_run, monkeypatch):
+    config = read_options(train.TrainConfig, options(tiny_run, optimizer="muon", muon_lr=0.5, learning_rate=0.1))
+    trainer = train.Trainer(config, train.Processes(config))
+    muon, adamw = trainer.optimizers
+    assert type(muon) is Muon and type(adamw) is torch.optim.AdamW
     in_muon = {p for group in muon.param_groups for p in group["params"]}
-    assert in_muon == {p for p in gpt.transformer.h.parameters() if p.dim() == 2}
+    assert in_muon == {p for p in trainer.model.transformer.h.parameters() if p.dim() == 2}
+    assert [group["weight_decay"] for group in muon.param_groups + adamw.param_groups] == [0.1, 0.1, 0.0]
+    trainer.train_step(0, lr=0.02)
+    assert [group["lr"] for group in muon.param_groups + adamw.param_groups] == pytest.approx([0.1, 0.02, 0.02])
 
 
 def test_learning_rate_is_that_of_torch_schedulers():
@@ -225,6 +249,23 @@ def test_a_log_line_cut_short_by_a_kill_is_left_out(tiny_run):
     assert report.read_log(out_dir / "log.jsonl")[-1]["step"] == 12
 
 
+def test_a_new_run_does_not_cost_an_earlier_one(tiny_run, capsys):
+    contents = []
+    for _ in range(3):
+        contents.append((tiny_run(seed=len(contents)) / "ckpt.pt").read_bytes())
+    assert "the earlier run in out/tiny is now in out/tiny.2" in capsys.readouterr().out
+    assert [Path(f"out/{name}/ckpt.pt").read_bytes() for name in ("tiny.1", "tiny.2", "tiny")] == contents
+
+
+def test_speed_is_that_of_the_steps_since_the_last_line_or_evaluation(tiny_run, monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr(report.time, "perf_counter", lambda: float(next(clock)))
+    steps = report.read_log(tiny_run(log_interval=4, eval_interval=6) / "log.jsonl")
+    speeds = {r["step"]: r["tokens_per_second"] for r in steps if "tokens_per_second" in r}
+    assert speeds.keys() == {4, 8, 12}
+    assert speeds[8] <= speeds[4]  # two steps since the evaluation at 6, in no less time
+
+
 # Signals, and many processes
 
 
@@ -244,19 +285,22 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_run, name):
     assert step >= 20 and f"step {step}" in lines[-1]
 
 
-def test_two_processes_are_one(tiny_run):
-    one = tiny_run(out_dir="out/one", dtype="float32", dropout=0.1)
-    args = options(tiny_run, out_dir="out/two", dtype="float32", dropout=0.1)
+@pytest.mark.parametrize("changed", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"compile": True}], ids=str)
+def test_two_processes_are_one(tiny_run, changed):
+    common = {"dtype": "float32", "dropout": 0.1, "gradient_accumulation_steps": 4, **changed}
+    one = tiny_run(out_dir="out/one", **{**common, "compile": False, "dropout": 0.0 if "compile" in changed else 0.1})
+    args = options(tiny_run, out_dir="out/two", **{**common, "dropout": 0.0 if "compile" in changed else 0.1})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, ROOT / "train.py", *args], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters:") == 1
+    assert ("\ncompiled in" in done.stdout) is ("compile" in changed)
     a, b = logged(one), logged(Path("out/two"))
     assert len(a) == len(b)
     for ours, theirs in zip(a, b, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-3)
     weights = [load_checkpoint(Path("out") / name / "ckpt.pt")[1]["model"] for name in ("one", "two")]
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
 
 
 def test_accumulation_that_can_not_be_divided_says_what_to_set(tiny_run, monkeypatch):
@@ -281,7 +325,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_r
         return taken(trainer, step, lr)
 
     monkeypatch.setattr(train.Trainer, "train_step", poison_step_8)
-    with pytest.raises(UserError, match=r"step 8: the loss is nan .* learning rate 0\.00"):
+    with pytest.raises(UserError, match=r"step 8: the loss is nan, .* learning rate 0\.00"):
         tiny_run()
     kept = load_checkpoint(Path("out/tiny/ckpt.pt"))[1]
     assert kept["step"] == 6 and all(p.isfinite().all() for p in kept["model"].values())
@@ -293,6 +337,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_r
         ({"n_embd": 32}, "n_embd=16 and this run has n_embd=32"),
         ({"optimizer": "muon"}, "optimizer=adamw and this run has optimizer=muon"),
         ({"out_dir": "out/none"}, "no such checkpoint"),
+        ({"max_iters": 5}, "is at step 12, beyond max_iters=5"),
     ],
 )
 def test_resume_names_what_contradicts_the_checkpoint(tiny_run, changed, words):
@@ -315,10 +360,13 @@ def test_resume_on_other_data_is_refused(tiny_run):
     ("argument", "words"),
     [
         ("--batch_size=0", "batch_size is 0 but must be at least 1"),
-        ("--dropout=1", "dropout is 1.0 but must be below 1"),
+        ("--dropout=1", "dropout is 1.0 but must be at least 0 and below 1"),
         ("--weight_decay=-0.1", "weight_decay is -0.1 but must be at least 0"),
         ("--learning_rate=0", "learning_rate is 0.0 but must be above 0"),
         ("--n_head=7", "n_embd=768 can not be split among n_head=7"),
+        ("--min_lr=1", "min_lr=1.0 is above learning_rate=0.0006"),
+        ("--sample_interval=3", "choose a multiple of eval_interval=2000"),
+        ("--seed=99999999999999999999", "below 2"),
     ],
 )
 def test_options_out_of_range_are_refused(argument, words):
@@ -372,8 +420,7 @@ def test_device_and_dtype_are_resolved(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         expected = torch.bfloat16 if native else torch.float32
         assert runtime.resolve_dtype("auto", torch.device("cuda")) == expected
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx2": True, "avx512_bf16": native})
         assert runtime.resolve_dtype("auto", CPU) == expected
     assert runtime.resolve_dtype("float16", CPU) == torch.float16
     assert runtime.resolve_dtype("auto", torch.device("mps")) == torch.float32
@@ -404,9 +451,11 @@ def test_a_run_goes_on_uncompiled_when_compilation_fails(tiny_run, monkeypatch, 
     assert logged(out_dir)[-1]["step"] == 12
 
 
-def test_compiled_and_plain_runs_have_the_same_losses(tiny_run):
+def test_compiled_and_plain_runs_have_the_same_losses(tiny_run, capsys):
     plain = logged(tiny_run(out_dir="out/plain", dtype="float32"))
+    capsys.readouterr()
     compiled = logged(tiny_run(out_dir="out/compiled", dtype="float32", compile=True))
+    assert "\ncompiled in" in capsys.readouterr().out
     for a, b in zip(plain, compiled, strict=True):
         assert a == pytest.approx(b, rel=1e-3)
 
@@ -416,6 +465,7 @@ def test_float32_and_bfloat16_runs_agree(tiny_run):
     half = logged(tiny_run(out_dir="out/half", dtype="bfloat16"))
     for a, b in zip(full, half, strict=True):
         assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=1e-2)
+    assert full != half
 
 
 def test_progress_is_lines_where_output_is_no_terminal(tiny_run, capsys):
