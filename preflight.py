@@ -33,7 +33,7 @@ def check(name: str) -> Callable:
 
 
 def run_checks(trainer) -> bool:
-    """Print one line per check, and the bill. Returns whether all checks passed."""
+    """Print one line per check and, if all have passed, the bill. Returns whether they have."""
     if trainer.processes.distributed:
         raise UserError("preflight=True: run it without torchrun, in one process")
     passed = True
@@ -41,7 +41,8 @@ def run_checks(trainer) -> bool:
         ok, measured = function(trainer)
         passed = passed and ok
         print(f"{'ok  ' if ok else 'FAIL'} {name}: {measured}", flush=True)
-    print(bill(trainer))
+    if passed:
+        print(bill(trainer))
     return passed
 
 

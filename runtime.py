@@ -1,5 +1,6 @@
 """Where the arithmetic runs and in which precision: what 'auto' means for device, dtype and compile."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -42,6 +43,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         native = False  # Apple's GPU has no faster path for it
     return torch.bfloat16 if native else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of one training step for the next.
+
+    By default it gives large blocks back, and the system clears each page of them before it is used
+    again: a quarter of the time of phase 1 on a CPU. Other systems' allocators are left alone.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        # mallopt(3): M_MMAP_THRESHOLD and M_TRIM_THRESHOLD out of reach, M_TOP_PAD for few, large requests
+        for parameter, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):
+            libc.mallopt(parameter, value)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

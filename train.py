@@ -477,6 +477,8 @@ def main(config: TrainConfig) -> None:
     if config.preflight:
         config = replace(config, init_from="scratch")
     processes = Processes(config)
+    if processes.device.type == "cpu":
+        runtime.keep_freed_memory()
     try:
         trainer = Trainer(config, processes)
         if config.preflight:
