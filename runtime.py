@@ -58,6 +58,12 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, value)
 
 
+def repeatable() -> None:
+    """Have a run on a CPU repeat to the bit: a compiled sum over embeddings is otherwise added up in any order."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time, and finds bugs of torch
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Matrix products in `dtype`, everything that needs the digits in float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

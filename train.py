@@ -478,6 +478,7 @@ def main(config: TrainConfig) -> None:
         config = replace(config, init_from="scratch")
     processes = Processes(config)
     if processes.device.type == "cpu":
+        runtime.repeatable()
         runtime.keep_freed_memory()
     try:
         trainer = Trainer(config, processes)

@@ -14,21 +14,21 @@ n_head = 4
 n_embd = 128
 block_size = 128
 
-# 48 * 128 = 6,144 tokens a step, 163 steps an epoch
-batch_size = 48
+# 32 * 128 = 4,096 tokens a step, 245 steps an epoch
+batch_size = 32
 gradient_accumulation_steps = 1
-max_iters = 20 * 163
+max_iters = 20 * 245
 
 # Muon learns more from each of these few tokens than AdamW; a small model stands high rates.
 optimizer = "muon"
-muon_lr = 0.035
-learning_rate = 5e-3
+muon_lr = 0.03
+learning_rate = 4e-3
 warmup_iters = 50
 lr_schedule = "linear"
 min_lr = 0.0
 
 # Evaluate after each epoch; show what the model says after epochs 1, 5, 10, 15 and 20.
-eval_interval = 163
-sample_interval = 5 * 163
+eval_interval = 245
+sample_interval = 5 * 245
 sample_start = "ROMEO:"
-log_interval = 20
+log_interval = 49

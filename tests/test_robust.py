@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Kills and resumes
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the script forks")
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_runs_end_with_the_same_bits(kills):
     script = ROOT / "tests" / "kill_training.py"
@@ -95,6 +95,25 @@ train.main(train.configure(train.TrainConfig, {args!r}))
     assert process.poll() is None  # the first is polite
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130 and time.perf_counter() - started < 10
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_running_out_of_memory_says_what_to_set(tiny_run):
+    with pytest.raises(UserError, match="out of memory at batch_size=100000000000; lower it, and raise gradient_acc"):
+        tiny_run(batch_size=100_000_000_000)
 
 
 # Many processes
@@ -258,10 +277,14 @@ def test_steps_that_the_float16_scaler_leaves_out_are_no_errors(tiny_run, monkey
 
 
 def run_with_largest_file(size: int, *args: str) -> subprocess.CompletedProcess:
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
-    return subprocess.run([sys.executable, TRAIN, *args], capture_output=True, text=True, preexec_fn=limit)
+    """Train under a limit on the size of files, which fails a write as a full disk does."""
+    code = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+    code += "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code, TRAIN, *args], capture_output=True, text=True)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit to set on the size of files")
 def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tiny_run):
     out_dir = tiny_run(lr_decay_iters=24)
     before = (out_dir / "ckpt.pt").read_bytes()
@@ -277,6 +300,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tiny_run):
     torch.testing.assert_close(weights(str(resumed)), weights(str(whole)), rtol=0, atol=0)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit to set on the size of files")
 def test_a_log_that_can_not_grow_ends_in_one_line(tiny_run):
     done = run_with_largest_file(100, *options(tiny_run))
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File too large" in done.stderr

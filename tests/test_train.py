@@ -52,6 +52,17 @@ def test_two_runs_with_one_seed_end_with_the_same_bits_and_another_seed_does_not
     assert not torch.equal(*weights)
 
 
+def test_two_compiled_runs_on_two_threads_end_with_the_same_bits(tiny_run):
+    """Large enough that the threads share the sum over the embeddings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        size = {"batch_size": 32, "block_size": 64, "n_embd": 64, "compile": True}
+        assert_same_run(*(tiny_run(out_dir=f"out/{i}", **size) for i in range(2)))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
