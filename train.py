@@ -264,7 +264,8 @@ class Trainer:
     def prepare(self) -> str:
         """Compile the model and wrap it for many processes. Returns a line about the former."""
         started = time.perf_counter()
-        reason = runtime.why_not_compile(self.config.compile, self.device, self.config.max_iters - self.start_step)
+        # By the length of the whole run: one that is resumed near its end must compute what it computed before.
+        reason = runtime.why_not_compile(self.config.compile, self.device, self.config.max_iters)
         if not reason:
             self.step_model, reason = runtime.compile_model(self.model, self.try_out)
             failures = self.processes.sum(bool(reason))
