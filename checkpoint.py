@@ -79,7 +79,7 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict]:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums in its files
             if archive.testzip() is not None:
-                raise UserError(f"{path}: damaged, a checksum in it is wrong; take another copy, or best.pt beside it")
+                raise UserError(f"{path}: damaged, a checksum in it is wrong; take another copy of it")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -91,7 +91,7 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict]:
     try:
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-    except (AssertionError, KeyError, RuntimeError, TypeError) as error:
+    except Exception as error:  # keys, shapes or numbers that GPT can not be built from
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path}: its weights and its model_config do not fit together ({reason})") from error
     return model, checkpoint

@@ -96,7 +96,7 @@ def read_config_file(path: str, values: dict, accepted: dict) -> dict:
     namespace = {**values, "__name__": "config", "__file__": path}
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
     values = dict(values)
     for name, value in namespace.items():
@@ -143,7 +143,7 @@ def check_value(name: str, value, annotation, where: str):
             continue
         if type(value) is kind and not (kind is float and not math.isfinite(value)):
             return value
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 1 << 1000:
             return float(value)
         names.append({int: "an integer", float: "a number", str: "a string", bool: "True or False"}.get(kind, "None"))
     raise UserError(f"{where}: {name} is {value!r} but must be {' or '.join(names)}")

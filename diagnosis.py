@@ -1,6 +1,7 @@
 """Why is the loss, or the gradient, not finite? Asked once, when a run has to stop for it."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -39,11 +40,14 @@ def explain(
     other_batch: tuple[Tensor, Tensor],
     autocast: AbstractContextManager,
     dtype: torch.dtype,
+    reseed: Callable[[], None],
 ) -> str:
     """In a line: where `batch` first gives what is not finite, and whether the weights, the batch or dtype is to blame.
 
-    `other_batch` is one that the model could compute before. Returns "" if `batch` is finite.
+    `other_batch` is one that the model could compute before; `reseed` repeats what dropout drops.
+    Returns "" if `batch` is finite.
     """
+    reseed()
     loss, where = first_not_finite(model, *batch, autocast)
     if math.isfinite(loss) and not where:
         return ""
@@ -51,6 +55,7 @@ def explain(
     for name, p in model.named_parameters():
         if bad := int((~p.isfinite()).sum()):
             return f"{where}; to blame are the weights: {bad:,} values of {name} are not finite themselves"
+    reseed()
     again, again_where = first_not_finite(model, *batch, nullcontext())
     if math.isfinite(again) and not again_where:
         name = str(dtype).removeprefix("torch.")

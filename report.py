@@ -10,6 +10,9 @@
 
 import itertools
 import json
+import math
+import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -44,7 +47,10 @@ class Log:
                 self._set_aside(trainer.out_dir)
             # A resumed run goes on behind its checkpoint: what was logged after that is done again.
             earlier = read_log(self.path) if self.path.exists() else []
-            earlier = [r for r in earlier if r["step"] <= self.step]
+            evaluated = trainer.evaluated_step == self.step
+            earlier = [
+                r for r in earlier if r["step"] < self.step or (r["step"] == self.step and ("loss" in r or evaluated))
+            ]
             if earlier:
                 self.seconds_before = earlier[-1]["seconds"]
             with atomic_write(self.path) as file:
@@ -64,9 +70,15 @@ class Log:
     def _set_aside(self, out_dir: Path) -> None:
         """A run that starts anew does not cost an earlier one: its folder gets a number."""
         if (out_dir / "ckpt.pt").exists():
+            out_dir = out_dir.absolute() if out_dir.name in ("", "..") else out_dir  # "." has no name to add to
             numbered = (out_dir.with_name(f"{out_dir.name}.{n}") for n in itertools.count(1))
             aside = next(path for path in numbered if not path.exists())
-            out_dir.rename(aside)
+            try:
+                out_dir.rename(aside)
+            except OSError as error:
+                raise UserError(
+                    f"{out_dir} has a run and can not be moved aside ({error.strerror}); choose another out_dir"
+                ) from error
             self.say(f"the earlier run in {out_dir} is now in {aside}; to go on with it, --init_from=resume")
 
     def start_clock(self) -> None:
@@ -81,7 +93,8 @@ class Log:
         now = time.perf_counter()
         speed = (step - self.interval_step) * self.tokens_per_step / (now - self.interval_started)
         self.interval_started, self.interval_step = now, step
-        self._record(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_second=round(speed))
+        norm = grad_norm if math.isfinite(grad_norm) else None  # a step that float16's scaler left out
+        self._record(step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=round(speed))
         if self.bar.disable:
             left = (self.config.max_iters - step) * self.tokens_per_step / speed
             self.say(
@@ -111,8 +124,14 @@ class Log:
             return
         seconds = self.seconds_before + time.perf_counter() - self.started
         record = {"step": step, "epoch": step / self.steps_per_epoch, "seconds": round(seconds, 3), **figures}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            free = shutil.disk_usage(self.path.parent).free
+            raise UserError(f"{self.path}: can not grow ({error.strerror}); {free:,} bytes are free there") from error
         if self.wandb:
             self.wandb.log(figures, step=step)
 
@@ -130,12 +149,11 @@ def read_log(path: Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the folder of a run with --out_dir")
     records = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}: line {number} is not JSON; remove it") from None
+            records.append({"step": 0, "epoch": 0, "seconds": 0} | json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"{path}: line {number} is no record of a run; remove the line") from None
     return records
 
 

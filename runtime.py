@@ -52,10 +52,10 @@ def keep_freed_memory() -> None:
     again: a quarter of the time of phase 1 on a CPU. Other systems' allocators are left alone.
     """
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        # mallopt(3): M_MMAP_THRESHOLD and M_TRIM_THRESHOLD out of reach, M_TOP_PAD for few, large requests
-        for parameter, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):
-            libc.mallopt(parameter, value)
+        mallopt = ctypes.CDLL(None).mallopt  # mallopt(3)
+        if mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD out of reach; older versions refuse
+            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD out of reach
+            mallopt(-2, 1 << 28)  # M_TOP_PAD: few requests to the system, large ones
 
 
 def repeatable() -> None:

@@ -3,7 +3,8 @@
     python train.py config/phase1_char.py
     python train.py config/phase1_char.py --n_layer=4 --out_dir=out/deeper
     python train.py config/phase1_char.py --init_from=resume
-    torchrun --standalone --nproc_per_node=8 train.py config/phase1_char.py --gradient_accumulation_steps=8
+    torchrun --standalone --nproc_per_node=2 train.py config/phase1_char.py --batch_size=16 \\
+        --gradient_accumulation_steps=2
 
 Reads data/<dataset>/ and writes to out_dir:
 
@@ -80,12 +81,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = ("eval_interval", "log_interval", "sample_tokens", "batch_size", "block_size", "n_layer", "n_head")
         for name in (*counts, "n_embd", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)} but must be at least 1")
+            if not 1 <= getattr(self, name) <= 1 << 31:
+                raise UserError(f"{name} is {getattr(self, name)} but must be at least 1 and at most 2 ** 31")
         amounts = ("eval_iters", "target_val_loss", "sample_interval", "checkpoint_interval", "max_iters", "muon_lr")
         for name in (*amounts, "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)} but must be at least 0")
+            if getattr(self, name) > 1 << 31:
+                raise UserError(f"{name} is {getattr(self, name)} but must be at most 2 ** 31")
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)} but must be at least 0 and below 1")
@@ -104,8 +107,6 @@ class TrainConfig:
             )
         if self.sample_interval and not self.sample_start:
             raise UserError("sample_start is empty, and a model can only go on from something; try --sample_start=A")
-        if self.seed >= 1 << 63:
-            raise UserError(f"seed is {self.seed} but must be below 2 ** 63")
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
@@ -247,6 +248,9 @@ class Trainer:
         self.resumed = config.init_from == "resume" or (config.init_from == "auto" and path.exists())
         if self.resumed:
             self.load_state(path)
+        steps = set(processes.gather(f"step {self.start_step}"))
+        if len(steps) > 1:
+            raise UserError(f"the processes begin at different steps, {', '.join(steps)}: out_dir must be one for all")
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         self.step_model: nn.Module = self.model  # as the training step calls it: see prepare()
 
@@ -311,7 +315,7 @@ class Trainer:
             micro = processes.rank * n_micro + i
             self.seed_dropout(step, micro)
             x, y = self.micro_batch(step, micro)
-            if processes.distributed:  # gradients are exchanged once, in the last backward pass
+            if processes.distributed:  # gradients are exchanged once a step, in its last backward pass
                 self.step_model.require_backward_grad_sync = i == n_micro - 1
             with runtime.autocast(self.device, self.dtype):
                 loss = self.step_model(x, y)[1] / n_micro
@@ -326,7 +330,7 @@ class Trainer:
                 nn.utils.clip_grads_with_norm_(self.model.parameters(), c.grad_clip, torch.tensor(grad_norm))
             for o in self.optimizers:
                 self.scaler.step(o)
-        elif not math.isfinite(loss) or not self.scaler.is_enabled():
+        elif not math.isfinite(loss) or not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
             raise self.not_finite(step, lr, loss, grad_norm)
         # else the scaler of float16 has tried a scale that is too large: it lowers it, and the step is left out
         self.scaler.update()
@@ -344,17 +348,18 @@ class Trainer:
         n_micro, reason = self.config.gradient_accumulation_steps // self.processes.count, ""
         self.model.zero_grad(set_to_none=True)
         for micro in range(self.processes.rank * n_micro, (self.processes.rank + 1) * n_micro):
-            self.seed_dropout(step, micro)
             batches = self.micro_batch(step, micro), self.micro_batch(step - 1 if step else 1, micro)
             autocast = runtime.autocast(self.device, self.dtype)
-            reason = reason or diagnosis.explain(self.model, *batches, autocast, self.dtype)
+            reason = reason or diagnosis.explain(
+                self.model, *batches, autocast, self.dtype, lambda micro=micro: self.seed_dropout(step, micro)
+            )
         reasons = [reason for reason in self.processes.gather(reason) if reason]
         if not self.processes.is_first:
             return SystemExit(1)
         before = ", ".join(f"{norm:.3g}" for norm in self.grad_norms) or "none"
         return UserError(
             f"step {step}: the loss is {loss:.4g}, the norm of the gradient {grad_norm:.4g}, at learning rate {lr:.3g} "
-            f"and after norms of {before}; {(reasons or ['a repetition is finite: the hardware may be to blame'])[0]}; "
+            f"and after norms of {before}; {(reasons or ['a repetition is finite: --compile=False may help'])[0]}; "
             f"the step was not taken, and {self.out_dir / 'ckpt.pt'} is as it was"
         )
 
@@ -392,6 +397,11 @@ class Trainer:
     def save_state(self, step: int) -> None:
         """ckpt.pt: everything that a resumed run needs."""
         started = time.perf_counter()
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise UserError(
+                f"the weights after step {step} are not finite any more; {self.out_dir / 'ckpt.pt'} is as it was: "
+                f"lower learning_rate or raise warmup_iters, and go on with --init_from=resume"
+            )
         self.save_weights(
             "ckpt.pt",
             step,
@@ -424,6 +434,8 @@ class Trainer:
     def load_state(self, path: Path) -> None:
         """Go on from the checkpoint at `path`. Raises UserError where it contradicts the options or the data."""
         model, checkpoint = load_checkpoint(path)
+        if "optimizers" not in checkpoint:
+            raise UserError(f"{path} has weights alone, for sampling; a run goes on from a ckpt.pt with its optimizer")
         here = asdict(self.model.config) | {"optimizer": self.config.optimizer} | self.data.meta["sha256"]
         there = (
             checkpoint["model_config"] | {"optimizer": checkpoint["train_config"]["optimizer"]} | checkpoint["dataset"]
@@ -515,7 +527,7 @@ def train(trainer: Trainer) -> None:
         log.say(trainer.prepare())
         log.start_clock()
         for step in range(trainer.start_step, config.max_iters + 1):
-            last = step == config.max_iters
+            last = step == config.max_iters or trainer.best_val_loss <= config.target_val_loss
             if (last or step % config.eval_interval == 0) and step != trainer.evaluated_step:
                 last = evaluate_and_save(trainer, log, step, last)
             if last:
@@ -543,10 +555,10 @@ def evaluate_and_save(trainer: Trainer, log: report.Log, step: int, last: bool) 
     if trainer.processes.is_first:
         due = c.sample_interval and step and (last or step == c.eval_interval or step % c.sample_interval == 0)
         log.evaluation(step, train_loss, val_loss, **({"sample": trainer.sample()} if due else {}))
+        if improved:  # first, so that a kill between the two is followed by another evaluation
+            trainer.save_weights("best.pt", step)
         if improved or c.always_save_checkpoint:
             trainer.save_state(step)
-        if improved:
-            trainer.save_weights("best.pt", step)
     return last
 
 

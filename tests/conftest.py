@@ -1,5 +1,6 @@
 """What the tests share: the top-level files on the path, and one small data set and run."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+for name in ("SIGINT", "SIGHUP"):  # in the background these are ignored, also by the programs that tests start
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(10))  # 18 characters
 

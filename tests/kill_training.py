@@ -39,9 +39,12 @@ def attempt(config: train.TrainConfig, seconds: float | None) -> bool:
     """Run in a process of its own, killed after `seconds`. Returns whether the run came to its end."""
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        train.main(config)
-        os._exit(0)
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            train.main(config)
+            os._exit(0)
+        finally:  # whatever happens, the folder is the parent's to remove
+            os._exit(1)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)

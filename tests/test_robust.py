@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from test_train import logged, options
 
 import checkpoint
+import report
 import train
 from checkpoint import load_checkpoint
 from configurator import UserError, one_line, read_options
@@ -111,9 +112,18 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_running_out_of_memory_says_what_to_set(tiny_run):
-    with pytest.raises(UserError, match="out of memory at batch_size=100000000000; lower it, and raise gradient_acc"):
-        tiny_run(batch_size=100_000_000_000)
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), "from the allocator"])
+def test_running_out_of_memory_says_what_to_set(tiny_run, monkeypatch, error):
+    def train_step(*_):
+        if isinstance(error, str):
+            torch.empty(1 << 55)
+        raise error
+
+    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+    with pytest.raises(
+        UserError, match="out of memory at batch_size=4; lower it, and raise gradient_accumulation_steps=2"
+    ):
+        tiny_run()
 
 
 # Many processes
@@ -291,8 +301,8 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tiny_run):
     args = options(tiny_run, init_from="resume", max_iters=24, lr_decay_iters=24)
     done = run_with_largest_file(20_000, *args)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    needed = checkpoint.tensor_bytes(load_checkpoint(out_dir / "ckpt.pt")[1])
-    for words in ("ckpt.pt: can not be written (File too large)", f"needs {needed:,} bytes in out/tiny", "are free"):
+    needed = checkpoint.tensor_bytes(load_checkpoint(out_dir / "best.pt")[1])
+    for words in ("best.pt: can not be written (File too large)", f"needs {needed:,} bytes in out/tiny", "are free"):
         assert words in done.stderr
     assert (out_dir / "ckpt.pt").read_bytes() == before and not list(out_dir.glob("*.tmp"))
     resumed = tiny_run(init_from="resume", max_iters=24, lr_decay_iters=24)
@@ -303,7 +313,8 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tiny_run):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit to set on the size of files")
 def test_a_log_that_can_not_grow_ends_in_one_line(tiny_run):
     done = run_with_largest_file(100, *options(tiny_run))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "out/tiny/log.jsonl: can not grow (File too large)" in done.stderr and "are free" in done.stderr
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").exists(), reason="a folder that not even root may write to is Linux's")
@@ -417,6 +428,78 @@ def test_any_argument_is_refused_in_one_line_or_read(name, value):
     or_one_line(lambda: read_options(train.TrainConfig, [f"--{name}={value}"]))
     known = random.Random(value).choice(list(train.TrainConfig.__dataclass_fields__))
     or_one_line(lambda: read_options(train.TrainConfig, [f"--{known}={value}"]))
+
+
+def test_a_damaged_log_is_refused_or_read(tiny_run):
+    path = tiny_run() / "log.jsonl"
+    original = path.read_bytes()
+
+    @FUZZ
+    @given(damages)
+    def look(damage):
+        path.write_bytes(damaged(original, damage))
+        or_one_line(lambda: report.read_log(path))
+
+    look()
+
+
+def test_an_evaluation_that_was_logged_but_not_saved_is_logged_once(tiny_run, monkeypatch):
+    """A save at the step of an evaluation, then the evaluation's line, then a kill before its own save."""
+    whole = tiny_run(out_dir="out/whole")
+    saved = train.Trainer.save_state
+
+    def save_state(trainer, step):
+        if trainer.evaluated_step == 6:
+            raise SystemExit
+        saved(trainer, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "save_state", save_state)
+        patch.setattr(train.Trainer, "save_is_due", lambda _: True)
+        with pytest.raises(SystemExit):
+            tiny_run()
+    assert logged(tiny_run(init_from="auto")) == logged(whole)
+
+
+def test_a_run_that_reached_its_target_is_over_when_started_again(tiny_run):
+    before = logged(tiny_run(eval_interval=2, target_val_loss=2.8))
+    assert logged(tiny_run(eval_interval=2, target_val_loss=2.8, init_from="auto")) == before
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_run, monkeypatch):
+    taken = train.Trainer.train_step
+
+    def train_step(trainer, step, lr):
+        result = taken(trainer, step, lr)
+        if step == 8:
+            with torch.no_grad():
+                trainer.model.transformer.wpe.weight[3, 3] = float("inf")
+        return result
+
+    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+    monkeypatch.setattr(train.Trainer, "save_is_due", lambda _: True)
+    with pytest.raises(UserError, match="weights after step 9 are not finite any more"):
+        tiny_run()
+    assert load_checkpoint(Path("out/tiny/ckpt.pt"))[1]["step"] == 8
+
+
+def test_a_scale_of_float16_that_only_falls_stops_the_run(tiny_run, monkeypatch):
+    def poisoned_init(trainer, *args):
+        made(trainer, *args)
+        norm = trainer.model.transformer.h[0].ln_1
+        norm.register_full_backward_hook(lambda _module, grads, _outputs: (torch.full_like(grads[0], float("nan")),))
+
+    made = train.Trainer.__init__
+    monkeypatch.setattr(train.Trainer, "__init__", poisoned_init)
+    with pytest.raises(UserError, match=r"the loss is 2\..* the gradient nan"):
+        tiny_run(dtype="float16", max_iters=100)
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(tiny_run):
+    out_dir = tiny_run()
+    (out_dir / "best.pt").replace(out_dir / "ckpt.pt")
+    with pytest.raises(UserError, match="weights alone"):
+        tiny_run(init_from="resume")
 
 
 def test_leftovers_of_a_killed_write_do_no_harm(tiny_run):

@@ -377,7 +377,7 @@ def test_resume_on_other_data_is_refused(tiny_run):
         ("--n_head=7", "n_embd=768 can not be split among n_head=7"),
         ("--min_lr=1", "min_lr=1.0 is above learning_rate=0.0006"),
         ("--sample_interval=3", "choose a multiple of eval_interval=2000"),
-        ("--seed=99999999999999999999", "below 2"),
+        ("--seed=99999999999999999999", "at most 2"),
     ],
 )
 def test_options_out_of_range_are_refused(argument, words):
