@@ -160,7 +160,14 @@ class Processes:
             backend = "nccl" if self.device.type == "cuda" and dist.is_nccl_available() else "gloo"
         if backend == "nccl" and (self.device.type != "cuda" or not dist.is_nccl_available()):
             raise UserError(f"backend=nccl can not be used on {self.device} here; take gloo")
-        dist.init_process_group(backend)
+        meeting = {}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # Restarted workers find the store of the attempt before, and in it the addresses of dead processes, for
+            # which gloo waits half an hour: a prefix keeps attempts apart. (With several machines their counts differ.)
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            meeting = {"store": store, "rank": self.rank, "world_size": self.count}
+        dist.init_process_group(backend, **meeting)
 
     def sum(self, value: float) -> float:
         """`value` summed over all processes."""
