@@ -311,7 +311,8 @@ def test_two_processes_are_one(tiny_run, changed):
     for ours, theirs in zip(a, b, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
     weights = [load_checkpoint(Path("out") / name / "ckpt.pt")[1]["model"] for name in ("one", "two")]
-    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
+    # Muon's products are in bfloat16, which makes more of a difference in the last digits of a gradient.
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-2 if changed.get("optimizer") == "muon" else 1e-3)
 
 
 def test_accumulation_that_can_not_be_divided_says_what_to_set(tiny_run, monkeypatch):
