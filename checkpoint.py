@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from configurator import UserError
+from configurator import UserError, one_line
 from data import atomic_write
 from model import GPT, GPTConfig
 
@@ -78,20 +78,20 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict]:
         raise UserError(f"{path}: no such checkpoint; train first, or name its folder with --out_dir")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums in its files
-            if archive.testzip() is not None:
-                raise UserError(f"{path}: damaged, a checksum in it is wrong; take another copy of it")
+            intact = archive.testzip() is None
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except Exception as error:  # whatever a damaged or foreign file makes the two readers raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: can not be read as a checkpoint ({reason[:100]})") from error
+    if not intact:
+        raise UserError(f"{path}: damaged, a checksum in it is wrong; take another copy of it")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint that this program wrote (format {FORMAT})")
     try:
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
     except Exception as error:  # keys, shapes or numbers that GPT can not be built from
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: its weights and its model_config do not fit together ({reason})") from error
+        raise UserError(
+            f"{path}: its weights and its model_config do not fit together ({one_line(error)[:100]})"
+        ) from error
     return model, checkpoint

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+import runtime
+
 
 def first_not_finite(model: nn.Module, x: Tensor, y: Tensor, autocast: AbstractContextManager) -> tuple[float, str]:
     """Loss of the batch x, y, (B, T) each, and the first module whose output or gradient is not finite, or ""."""
@@ -58,8 +60,8 @@ def explain(
     reseed()
     again, again_where = first_not_finite(model, *batch, nullcontext())
     if math.isfinite(again) and not again_where:
-        name = str(dtype).removeprefix("torch.")
-        return f"{where}; to blame is {name}: in float32 the same batch gives a loss of {again:.4f} (--dtype=float32)"
+        blame = f"to blame is {runtime.dtype_name(dtype)}: in float32 the same batch gives a loss of {again:.4f}"
+        return f"{where}; {blame} (--dtype=float32)"
     other, other_where = first_not_finite(model, *other_batch, nullcontext())
     if math.isfinite(other) and not other_where:
         return f"{where}, in float32 too; to blame is the batch: another one gives a loss of {other:.4f}"

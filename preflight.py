@@ -209,8 +209,8 @@ def precision(trainer) -> Result:
     with runtime.autocast(trainer.device, trainer.dtype):
         used = model(x, y)[1].item()
     model.train()
-    name = str(trainer.dtype).removeprefix("torch.")
-    return abs(used - full) < 0.01 * full, f"loss {used:.4f} in {name}, {full:.4f} in float32"
+    measured = f"loss {used:.4f} in {runtime.dtype_name(trainer.dtype)}, {full:.4f} in float32"
+    return abs(used - full) < 0.01 * full, measured
 
 
 def bill(trainer) -> str:

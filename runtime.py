@@ -64,6 +64,11 @@ def repeatable() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time, and finds bugs of torch
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the option has it: bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Matrix products in `dtype`, everything that needs the digits in float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
@@ -91,5 +96,5 @@ def compile_model(model: Callable, try_out: Callable[[Callable], object]) -> tup
         try_out(compiled)
     except Exception as error:  # a missing compiler or header, an unsupported processor, ...
         torch.compiler.reset()
-        return model, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+        return model, f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:100]}"
     return compiled, ""

@@ -235,6 +235,8 @@ class Trainer:
         self.prompt = self.tokenizer.encode(config.sample_start) if config.sample_interval else []
         self.tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
         self.steps_per_epoch = len(self.data.train) / self.tokens_per_step
+        share = config.gradient_accumulation_steps // processes.count
+        self.micros = range(processes.rank * share, (processes.rank + 1) * share)  # this process's forward passes
         # What an evaluation reads is fixed: all of val.bin (or eval_iters batches spread over it),
         # and just as much of train.bin.
         windows = whole_file_offsets(len(self.data.val), config.block_size)
@@ -269,7 +271,7 @@ class Trainer:
             f"context {c.block_size}, vocabulary {self.tokenizer.vocab_size:,}\n"
             f"{self.tokens_per_step:,} tokens per step, {self.steps_per_epoch:,.1f} steps per epoch, "
             f"{c.max_iters:,} steps = {epochs:.1f} epochs of data/{c.dataset}\n"
-            f"{self.device} x {self.processes.count}, {str(self.dtype).removeprefix('torch.')}, {c.optimizer}"
+            f"{self.device} x {self.processes.count}, {runtime.dtype_name(self.dtype)}, {c.optimizer}"
         )
 
     def prepare(self) -> str:
@@ -316,16 +318,14 @@ class Trainer:
         c, processes = self.config, self.processes
         for group in (group for o in self.optimizers for group in o.param_groups):
             group["lr"] = group["initial_lr"] * lr / c.learning_rate
-        n_micro = c.gradient_accumulation_steps // processes.count
         mean_loss = torch.zeros((), device=self.device)
-        for i in range(n_micro):
-            micro = processes.rank * n_micro + i
+        for micro in self.micros:
             self.seed_dropout(step, micro)
             x, y = self.micro_batch(step, micro)
             if processes.distributed:  # gradients are exchanged once a step, in its last backward pass
-                self.step_model.require_backward_grad_sync = i == n_micro - 1
+                self.step_model.require_backward_grad_sync = micro == self.micros[-1]
             with runtime.autocast(self.device, self.dtype):
-                loss = self.step_model(x, y)[1] / n_micro
+                loss = self.step_model(x, y)[1] / len(self.micros)
             self.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         loss = processes.sum(mean_loss.item()) / processes.count
@@ -352,9 +352,9 @@ class Trainer:
 
     def not_finite(self, step: int, lr: float, loss: float, grad_norm: float) -> Exception:
         """The error that ends a run whose loss or gradient is not finite, with its cause."""
-        n_micro, reason = self.config.gradient_accumulation_steps // self.processes.count, ""
+        reason = ""
         self.model.zero_grad(set_to_none=True)
-        for micro in range(self.processes.rank * n_micro, (self.processes.rank + 1) * n_micro):
+        for micro in self.micros:
             batches = self.micro_batch(step, micro), self.micro_batch(step - 1 if step else 1, micro)
             autocast = runtime.autocast(self.device, self.dtype)
             reason = reason or diagnosis.explain(

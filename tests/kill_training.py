@@ -17,14 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from conftest import TEXT
 
 import prepare_shakespeare
 import report
 import train
 from checkpoint import load_checkpoint
 from configurator import configure, run
-
-TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(10))
 
 
 @dataclass(frozen=True)
