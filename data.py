@@ -22,7 +22,7 @@ from configurator import UserError
 
 TOKEN = np.dtype("<u2")
 META_KEYS = {"tokenizer", "vocab_size", "train_tokens", "val_tokens", "val_bytes", "source", "sha256"}
-PREPARE = "run a prepare script (python prepare_shakespeare.py)"
+PREPARE = "run a prepare script (python prepare_shakespeare.py, or prepare_openweb.py)"
 
 
 @contextmanager
@@ -45,23 +45,35 @@ def write_dataset(folder: Path, tok, train: list[int], val: list[int], val_bytes
     if tok.vocab_size > 1 << 16:
         raise UserError(f"a vocabulary of {tok.vocab_size} does not fit uint16; use at most 65,536 tokens")
     (folder / "meta.json").unlink(missing_ok=True)
-    sha256 = {}
     for name, ids in (("train.bin", train), ("val.bin", val)):
-        content = np.array(ids, dtype=TOKEN).tobytes()
-        sha256[name] = hashlib.sha256(content).hexdigest()
         with atomic_write(folder / name) as file:
-            file.write(content)
+            file.write(np.array(ids, dtype=TOKEN).tobytes())
+    write_meta(folder, tok, val_bytes, source)
+
+
+def write_meta(folder: Path, tok, val_bytes: int, source: dict) -> None:
+    """Write meta.json for the train.bin and val.bin that are in `folder`."""
     meta = {
         "tokenizer": tok.to_dict(),
         "vocab_size": tok.vocab_size,
-        "train_tokens": len(train),
-        "val_tokens": len(val),
+        "train_tokens": (folder / "train.bin").stat().st_size // TOKEN.itemsize,
+        "val_tokens": (folder / "val.bin").stat().st_size // TOKEN.itemsize,
         "val_bytes": val_bytes,
         "source": source,
-        "sha256": sha256,
+        "sha256": {name: scan(folder / name)[0] for name in ("train.bin", "val.bin")},
     }
     with atomic_write(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=2, ensure_ascii=False).encode())
+
+
+def scan(path: Path) -> tuple[str, int]:
+    """The sha256 of a .bin file and the largest id in it."""
+    sha256, largest = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            sha256.update(chunk)
+            largest = max(largest, int(np.frombuffer(chunk, dtype=TOKEN).max()))
+    return sha256.hexdigest(), largest
 
 
 class Tokens:
@@ -116,17 +128,13 @@ class Dataset:
                 f"{path}: {size // TOKEN.itemsize} tokens are fewer than block_size + 1 = {block_size + 1}; "
                 "choose a smaller block_size or a longer text"
             )
-        sha256, largest = hashlib.sha256(), 0
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 24):
-                sha256.update(chunk)
-                largest = max(largest, int(np.frombuffer(chunk, dtype=TOKEN).max()))
+        sha256, largest = scan(path)
         if largest >= self.meta["vocab_size"]:
             raise UserError(
                 f"{path}: token id {largest} is beyond the vocabulary of {self.meta['vocab_size']} "
                 f"that meta.json gives; the two do not belong together: {PREPARE}"
             )
-        if sha256.hexdigest() != self.meta["sha256"][path.name]:
+        if sha256 != self.meta["sha256"][path.name]:
             raise UserError(f"{path}: its sha256 is not the one in meta.json, so it has changed; {PREPARE}")
         return Tokens(path)
 
