@@ -15,7 +15,6 @@ runs no code from the file:
 It has no random states: every random draw of a run is a function of its seed and the step.
 """
 
-import shutil
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy
 import torch
 
 from configurator import UserError, one_line
-from data import atomic_write
+from data import atomic_write, free_bytes
 from model import GPT, GPTConfig
 
 FORMAT = 1
@@ -50,10 +49,9 @@ def save_checkpoint(path: Path, model: GPT, **state) -> None:
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        folder = next(p for p in (path.parent, *path.parent.absolute().parents) if p.is_dir())
         raise UserError(
-            f"{path}: can not be written ({reason.strerror}); it needs {tensor_bytes(checkpoint):,} bytes in {folder}, "
-            f"where {shutil.disk_usage(folder).free:,} are free; what was there is as it was"
+            f"{path}: can not be written ({reason.strerror}); it needs {tensor_bytes(checkpoint):,} bytes where "
+            f"{free_bytes(path.parent):,} are free; what was there is as it was"
         ) from error
 
 

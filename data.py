@@ -10,6 +10,7 @@ A data set is a folder with three files:
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,11 @@ def atomic_write(path: Path) -> Iterator:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the disk where `path` is or will be."""
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 
 def write_dataset(folder: Path, tok, train: list[int], val: list[int], val_bytes: int, source: dict) -> None:

@@ -106,7 +106,7 @@ def fetch_rest(session: requests.Session, url: str, part: Path, sha256: str) -> 
         ):
             file.seek(start)
             file.truncate()
-            for chunk in response.iter_content(1 << 20):
+            for chunk in response.iter_content(1 << 14):  # a break loses the chunk that was under way
                 file.write(chunk)
                 bar.update(len(chunk))
             file.flush()

@@ -25,6 +25,7 @@ class GPTConfig:
     """What defines the model's shape. The defaults are GPT-2 Small."""
 
     vocab_size: int = 50257
+    pad_vocab_to: int = 0  # rows of the embedding and the head, 0: vocab_size; a GPU likes multiples of 64
     block_size: int = 1024  # the longest context, in tokens
     n_layer: int = 12
     n_head: int = 12
@@ -35,6 +36,11 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         assert self.n_embd % self.n_head == 0, "n_embd must be a multiple of n_head"
+        assert self.pad_vocab_to == 0 or self.pad_vocab_to >= self.vocab_size, "pad_vocab_to is below vocab_size"
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.pad_vocab_to or self.vocab_size
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -135,14 +141,14 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(
             dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
             )
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
@@ -186,7 +192,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             x = block(x, caches[i] if caches else None)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        logits = self.lm_head(self.transformer.ln_f(x))[..., : self.config.vocab_size]  # (B, T, V)
         if targets is None:
             return logits, None
         # In float32 whatever the dtype of the products: a sum of V exponentials needs the digits.

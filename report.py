@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configurator import UserError, configure, run
-from data import atomic_write
+from data import atomic_write, free_bytes
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,9 @@ class Log:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            free = shutil.disk_usage(self.path.parent).free
-            raise UserError(f"{self.path}: can not grow ({error.strerror}); {free:,} bytes are free there") from error
+            raise UserError(
+                f"{self.path}: can not grow ({error.strerror}); {free_bytes(self.path.parent):,} bytes are free there"
+            ) from error
         if self.wandb:
             self.wandb.log(figures, step=step)
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+import psutil
 import torch
 
 from configurator import UserError
@@ -56,6 +57,18 @@ def keep_freed_memory() -> None:
         if mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD out of reach; older versions refuse
             mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD out of reach
             mallopt(-2, 1 << 28)  # M_TOP_PAD: few requests to the system, large ones
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use on a GPU, or, elsewhere, by this process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if platform.system() == "Windows":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows does not have
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def repeatable() -> None:

@@ -21,6 +21,7 @@ class SampleConfig:
     temperature: float = 0.8  # divides the logits; 0 takes the likeliest token each time
     top_k: int | None = None  # draw from the k likeliest tokens only
     top_p: float | None = None  # draw from the likeliest tokens that together reach this probability
+    stop: str = "<|endoftext|>"  # a text ends where this has been written; empty: at max_new_tokens only
     seed: int = 1337  # the same seed writes the same texts
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
@@ -41,6 +42,7 @@ class SampleConfig:
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
     config = configure(SampleConfig)
 
+import codecs
 import sys
 from pathlib import Path
 
@@ -80,12 +82,18 @@ def main(config: SampleConfig) -> None:
         if n > 0:
             print("-" * 80)
         print(start, end="")
+        # A character can have bytes in several tokens: the decoder waits until it is whole.
+        decoder, said = codecs.getincrementaldecoder("utf-8")("replace"), ""
         with runtime.autocast(device, dtype):
             for token in model.generate(
                 prompt, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator
             ):
-                print(tok.decode([token.item()]), end="", flush=True)
-        print()
+                new = decoder.decode(tok.decode_bytes([token.item()]))
+                print(new, end="", flush=True)
+                said = (said + new)[-len(config.stop + new) :]
+                if config.stop and config.stop in said:
+                    break
+        print(decoder.decode(b"", final=True))
 
 
 if __name__ == "__main__":

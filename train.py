@@ -56,6 +56,7 @@ class TrainConfig:
     dropout: float = 0.0  # probability of zeroing an activation; 0.1 or more helps when finetuning
     bias: bool = True  # biases in linear layers and LayerNorms
     tie_weights: bool = True  # the head is the token embedding
+    pad_vocab_to: int = 0  # rows of both, 0: one per token; a GPU likes multiples of 64, and those added stand for none
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, adamw for the rest
     learning_rate: float = 6e-4  # peak of the learning rate, of adamw
@@ -84,7 +85,8 @@ class TrainConfig:
             if not 1 <= getattr(self, name) <= 1 << 31:
                 raise UserError(f"{name} is {getattr(self, name)} but must be at least 1 and at most 2 ** 31")
         amounts = ("eval_iters", "target_val_loss", "sample_interval", "checkpoint_interval", "max_iters", "muon_lr")
-        for name in (*amounts, "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed"):
+        amounts += ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed", "pad_vocab_to")
+        for name in amounts:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)} but must be at least 0")
             if getattr(self, name) > 1 << 31:
@@ -246,9 +248,14 @@ class Trainer:
         self.train_windows = spread_offsets(len(windows), len(self.data.train), config.block_size)
 
         torch.manual_seed(config.seed)
-        names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
+        names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights", "pad_vocab_to")
         shape = {name: getattr(config, name) for name in names}
-        self.model = GPT(GPTConfig(vocab_size=self.data.meta["vocab_size"], **shape)).to(self.device)
+        if 0 < config.pad_vocab_to < self.tokenizer.vocab_size:
+            raise UserError(
+                f"pad_vocab_to={config.pad_vocab_to} is below the {self.tokenizer.vocab_size} tokens of "
+                f"data/{config.dataset}; raise it, or 0 for just as many"
+            )
+        self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, **shape)).to(self.device)
         self.optimizers = make_optimizers(self.model, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.start_step, self.evaluated_step, self.best_val_loss = 0, -1, math.inf
@@ -444,9 +451,7 @@ class Trainer:
         if "optimizers" not in checkpoint:
             raise UserError(f"{path} has weights alone, for sampling; a run goes on from a ckpt.pt with its optimizer")
         here = asdict(self.model.config) | {"optimizer": self.config.optimizer} | self.data.meta["sha256"]
-        there = (
-            checkpoint["model_config"] | {"optimizer": checkpoint["train_config"]["optimizer"]} | checkpoint["dataset"]
-        )
+        there = asdict(model.config) | {"optimizer": checkpoint["train_config"]["optimizer"]} | checkpoint["dataset"]
         for name, value in here.items():
             if value != there[name]:
                 raise UserError(

@@ -108,7 +108,7 @@ def test_a_checkpoint_that_comes_back_different(trainer, monkeypatch):
 
 
 def test_a_disk_without_room_for_the_run(trainer, monkeypatch):
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
+    monkeypatch.setattr(preflight, "free_bytes", lambda _: 10_000)
     assert failing(trainer()) == {"checkpoint"}
 
 

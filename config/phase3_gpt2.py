@@ -1,0 +1,35 @@
+# Phase 3: GPT-2 Small, 134,601,216 parameters, on 2.8 billion tokens of web text.
+#
+#     python prepare_openweb.py --size=12GB --dataset=openweb12
+#     python train.py config/phase3_gpt2.py --preflight
+#     torchrun --standalone --nproc_per_node=8 train.py config/phase3_gpt2.py
+#
+# It is larger than OpenAI's 124 million because the head is a matrix of its own. One pass over the
+# data; four of them, the 11 billion tokens with which a small model is still learning:
+# --max_iters=168000 from the start, since the learning rate falls over the whole run.
+
+dataset = "openweb12"
+out_dir = "out/phase3_gpt2"
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 512
+bias = True
+tie_weights = False
+
+# 8 * 16 * 512 = 65,536 tokens a step, shared by up to 8 processes; 42,000 steps are 2.75 billion tokens
+batch_size = 16
+gradient_accumulation_steps = 8
+max_iters = 42000
+
+learning_rate = 6e-4
+warmup_iters = 1000
+min_lr = 6e-5
+weight_decay = 0.1
+
+eval_interval = 1000
+eval_iters = 100
+sample_interval = 1000
+sample_start = "<|endoftext|>"
+log_interval = 10
