@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy
 import torch
 
+import nanogpt
 from configurator import UserError, one_line
 from data import atomic_write, free_bytes
 from model import GPT, GPTConfig
@@ -83,11 +84,16 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict]:
         raise UserError(f"{path}: can not be read as a checkpoint ({reason[:100]})") from error
     if not intact:
         raise UserError(f"{path}: damaged, a checksum in it is wrong; take another copy of it")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint that this program wrote (format {FORMAT})")
+    nanogpts = nanogpt.is_nanogpt(checkpoint)
+    if not nanogpts and (not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT):
+        raise UserError(f"{path}: not a checkpoint that this program wrote (format {FORMAT}), nor one of nanoGPT's")
     try:
+        if nanogpts:
+            checkpoint = nanogpt.convert(checkpoint)
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
+    except UserError:
+        raise
     except Exception as error:  # keys, shapes or numbers that GPT can not be built from
         raise UserError(
             f"{path}: its weights and its model_config do not fit together ({one_line(error)[:100]})"

@@ -59,7 +59,12 @@ def write_dataset(folder: Path, tok, train: list[int], val: list[int], val_bytes
 
 def write_meta(folder: Path, tok, val_bytes: int, source: dict) -> None:
     """Write meta.json for the train.bin and val.bin that are in `folder`."""
-    meta = {
+    with atomic_write(folder / "meta.json") as file:
+        file.write(json.dumps(make_meta(folder, tok, val_bytes, source), indent=2, ensure_ascii=False).encode())
+
+
+def make_meta(folder: Path, tok, val_bytes: int, source: dict) -> dict:
+    return {
         "tokenizer": tok.to_dict(),
         "vocab_size": tok.vocab_size,
         "train_tokens": (folder / "train.bin").stat().st_size // TOKEN.itemsize,
@@ -68,8 +73,19 @@ def write_meta(folder: Path, tok, val_bytes: int, source: dict) -> None:
         "source": source,
         "sha256": {name: scan(folder / name)[0] for name in ("train.bin", "val.bin")},
     }
-    with atomic_write(folder / "meta.json") as file:
-        file.write(json.dumps(meta, indent=2, ensure_ascii=False).encode())
+
+
+def nanogpt_meta(folder: Path) -> dict:
+    """What meta.json would say of token files of nanoGPT's: without a meta.pkl their ids are GPT-2's."""
+    if (folder / "meta.pkl").exists():
+        raise UserError(
+            f"{folder / 'meta.pkl'} is a pickle, which may run any code when it is read, so it is not; make meta.json "
+            f"from the text: python prepare_shakespeare.py --input={folder / 'input.txt'} --dataset={folder.name}"
+        )
+    tok = tokenizer.BPETokenizer.gpt2()
+    val = np.fromfile(folder / "val.bin", dtype=TOKEN)
+    val_bytes = len(tok.decode_bytes(val[val < tok.end_of_text].tolist()))
+    return make_meta(folder, tok, val_bytes, {"prepared by": "nanoGPT"})
 
 
 def scan(path: Path) -> tuple[str, int]:
@@ -111,7 +127,8 @@ class Dataset:
     """
 
     def __init__(self, folder: Path, block_size: int) -> None:
-        self.meta = read_meta(folder / "meta.json")
+        foreign = (folder / "train.bin").exists() and not (folder / "meta.json").exists()
+        self.meta = nanogpt_meta(folder) if foreign else read_meta(folder / "meta.json")
         self.tokenizer = tokenizer.from_dict(self.meta["tokenizer"])
         if self.tokenizer.vocab_size != self.meta["vocab_size"]:
             raise UserError(

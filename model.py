@@ -14,6 +14,7 @@ input of each sub-layer, learned positions and GELU. With the same weights it co
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms
     tie_weights: bool = True  # one matrix embeds tokens and, transposed, gives the logits
+    gelu: Literal["tanh", "exact"] = "tanh"  # the form that GPT-2 was trained with; nanoGPT's models have the other
 
     def __post_init__(self) -> None:
         assert self.n_embd % self.n_head == 0, "n_embd must be a multiple of n_head"
@@ -63,8 +65,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     return (weights @ v).view(B, nh, T, hs)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, with which GPT-2 was trained (https://arxiv.org/abs/1606.08415, section 2)."""
+def gelu(x: Tensor, form: Literal["tanh", "exact"] = "tanh") -> Tensor:
+    """GELU (https://arxiv.org/abs/1606.08415, section 2), by default in its tanh form, with which GPT-2 was trained."""
+    if form == "exact":
+        return F.gelu(x)
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         # (1 + tanh(u)) / 2 is sigmoid(2 u), which a compiled CPU kernel does in half the time of tanh.
         u = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
@@ -113,12 +117,13 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.gelu = config.gelu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(gelu(self.c_fc(x), self.gelu)))
 
 
 class Block(nn.Module):

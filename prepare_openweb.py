@@ -162,7 +162,7 @@ def clean(document: bytes, counts: Counter) -> str:
         counts["mended: bytes that were no UTF-8"] += 1
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     visible = CONTROL.sub("", text)
-    counts["mended: control characters"] += visible is not text and visible != text
+    counts["mended: control characters"] += visible != text
     composed = unicodedata.normalize("NFC", visible)
     counts["mended: not in Unicode's form NFC"] += composed != visible
     return composed
@@ -326,6 +326,7 @@ class Unfinished:
 
     def finish(self, tok: BPETokenizer) -> None:
         """Give the files their names. Whatever moment interrupts this, it can be done again."""
+        self.__exit__()  # Windows renames no open file
         (self.folder / "meta.json").unlink(missing_ok=True)
         for name in ("train.bin", "val.bin"):
             if self.part(name).exists():
@@ -338,7 +339,7 @@ class Unfinished:
 
 def keep(work: Unfinished, path: Path, config: PrepareConfig) -> Iterator[tuple[str, bool]]:
     """The documents of a file that belong to the data set, clean, each with whether it is for validation."""
-    state, counts = work.state, work.counts
+    state, counts, size = work.state, work.counts, parse_size(config.size)
     for document in read_documents(path, config.column):
         counts["read"] += 1
         text = clean(document, counts)
@@ -354,7 +355,7 @@ def keep(work: Unfinished, path: Path, config: PrepareConfig) -> Iterator[tuple[
             state["text_bytes"] += len(encoded)
             state["val_bytes"] += len(encoded) * for_val
             yield text, for_val
-            if state["text_bytes"] >= parse_size(config.size):
+            if state["text_bytes"] >= size:
                 return
 
 

@@ -56,6 +56,7 @@ class TrainConfig:
     dropout: float = 0.0  # probability of zeroing an activation; 0.1 or more helps when finetuning
     bias: bool = True  # biases in linear layers and LayerNorms
     tie_weights: bool = True  # the head is the token embedding
+    gelu: Literal["tanh", "exact"] = "tanh"  # GPT-2's form; exact: nanoGPT's
     pad_vocab_to: int = 0  # rows of both, 0: one per token; a GPU likes multiples of 64, and those added stand for none
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, adamw for the rest
@@ -248,7 +249,7 @@ class Trainer:
         self.train_windows = spread_offsets(len(windows), len(self.data.train), config.block_size)
 
         torch.manual_seed(config.seed)
-        names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights", "pad_vocab_to")
+        names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights", "pad_vocab_to", "gelu")
         shape = {name: getattr(config, name) for name in names}
         if 0 < config.pad_vocab_to < self.tokenizer.vocab_size:
             raise UserError(
@@ -399,6 +400,11 @@ class Trainer:
         """Training and validation loss."""
         return self.evaluate(self.data.train, self.train_windows), self.evaluate(self.data.val, self.val_windows)
 
+    def bits_per_byte(self, val_loss: float) -> float:
+        """The validation loss in bits for each byte of the text: it compares models whatever their tokens."""
+        meta = self.data.meta
+        return val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+
     def sample(self) -> str:
         """What the model says when it has been given `sample_start`."""
         c = self.config
@@ -453,7 +459,7 @@ class Trainer:
         here = asdict(self.model.config) | {"optimizer": self.config.optimizer} | self.data.meta["sha256"]
         there = asdict(model.config) | {"optimizer": checkpoint["train_config"]["optimizer"]} | checkpoint["dataset"]
         for name, value in here.items():
-            if value != there[name]:
+            if value != there.get(name, value):
                 raise UserError(
                     f"{path} was made with {name}={there[name]} and this run has {name}={value}; "
                     f"set it back to go on, or choose another out_dir to start anew"
@@ -513,7 +519,10 @@ def main(config: TrainConfig) -> None:
         elif config.eval_only:
             train_loss, val_loss = trainer.losses()
             if processes.is_first:
-                print(f"step {trainer.start_step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}")
+                print(
+                    f"step {trainer.start_step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}, "
+                    f"perplexity {math.exp(val_loss):,.2f}, {trainer.bits_per_byte(val_loss):.4f} bits per byte"
+                )
         else:
             train(trainer)
             if processes.is_first:

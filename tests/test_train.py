@@ -243,7 +243,10 @@ def test_eval_only_prints_the_losses_and_writes_nothing(tiny_run, capsys):
     before = {p: p.read_bytes() for p in out_dir.iterdir()}
     capsys.readouterr()
     tiny_run(init_from="resume", eval_only=True)
-    assert f"step 12: training loss {logged(out_dir)[-1]['train_loss']:.4f}" in capsys.readouterr().out
+    said, end = capsys.readouterr().out, logged(out_dir)[-1]
+    assert f"step 12: training loss {end['train_loss']:.4f}, validation loss {end['val_loss']:.4f}" in said
+    # In data/tiny a token is a character of one byte.
+    assert f"perplexity {math.exp(end['val_loss']):.2f}, {end['val_loss'] / math.log(2):.4f} bits per byte" in said
     assert {p: p.read_bytes() for p in out_dir.iterdir()} == before
 
 
