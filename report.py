@@ -31,13 +31,13 @@ class ReportConfig:
 
 
 class Log:
-    """Every figure of a run passes here: to log.jsonl, to the console and, if asked for, to wandb."""
+    """Every figure of a run passes here: to log.jsonl, to the console and, if asked for, to wandb and TensorBoard."""
 
     def __init__(self, trainer) -> None:
         self.config, self.step = trainer.config, trainer.start_step
         self.tokens_per_step, self.steps_per_epoch = trainer.tokens_per_step, trainer.steps_per_epoch
         self.is_first = trainer.processes.is_first  # the other processes log nothing
-        self.wandb, self.seconds_before = None, 0.0
+        self.watchers, self.seconds_before = [], 0.0
         shown = self.is_first and sys.stderr.isatty()
         self.bar = tqdm(total=self.config.max_iters, initial=self.step, unit="step", disable=not shown)
         if self.is_first:
@@ -55,7 +55,9 @@ class Log:
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(r).encode() + b"\n" for r in earlier)
             if self.config.wandb_log:
-                self.wandb = start_wandb(self.config)
+                self.watchers.append(Wandb(self.config))
+            if self.config.tensorboard_log:
+                self.watchers.append(TensorBoard(self.config))
         self.start_clock()
 
     def __enter__(self) -> "Log":
@@ -63,8 +65,8 @@ class Log:
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
+        for watcher in self.watchers:
+            watcher.close()
 
     def _set_aside(self, out_dir: Path) -> None:
         """A run that starts anew does not cost an earlier one: its folder gets a number."""
@@ -132,16 +134,46 @@ class Log:
             raise UserError(
                 f"{self.path}: can not grow ({error.strerror}); {free_bytes(self.path.parent):,} bytes are free there"
             ) from error
-        if self.wandb:
-            self.wandb.log(figures, step=step)
+        for watcher in self.watchers:
+            watcher.log(figures, step)
 
 
-def start_wandb(config):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb_log=True, but the package is missing: pip install wandb") from None
-    return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+class Wandb:
+    """Weights & Biases."""
+
+    def __init__(self, config) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb_log=True, but the package is missing: pip install wandb") from None
+        self.run = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+
+    def log(self, figures: dict, step: int) -> None:
+        self.run.log(figures, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    """Event files in out_dir, to be seen with `tensorboard --logdir=out`."""
+
+    def __init__(self, config) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("tensorboard_log=True, but the package is missing: pip install tensorboard") from None
+        self.writer = SummaryWriter(config.out_dir)
+
+    def log(self, figures: dict, step: int) -> None:
+        for name, value in figures.items():
+            if isinstance(value, str):
+                self.writer.add_text(name, value, step)
+            elif value is not None:
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 def read_log(path: Path) -> list[dict]:

@@ -42,6 +42,7 @@ class TrainConfig:
     sample_interval: int = 0  # evaluations at multiples of it, and the first after step 0, have a sample; 0: none
     sample_start: str = "\n"  # their prompt
     sample_tokens: int = 300  # their length
+    tensorboard_log: bool = False  # log to event files in out_dir too, for TensorBoard
     wandb_log: bool = False  # log to Weights & Biases too
     wandb_project: str = "gpt2-from-scratch"  # project there
     wandb_run_name: str = "gpt2"  # run there

@@ -404,10 +404,25 @@ def test_prompt_outside_of_the_vocabulary_is_refused_before_training(tiny_run):
     assert not Path("out").exists()
 
 
-def test_missing_wandb_ends_in_one_line(tiny_run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        tiny_run(wandb_log=True)
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_missing_package_for_watching_ends_in_one_line(tiny_run, monkeypatch, name):
+    for module in [m for m in sys.modules if m.split(".")[0] == name or m.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"pip install {name}"):
+        tiny_run(**{f"{name}_log": True})
+
+
+def test_tensorboard_gets_what_the_log_gets(tiny_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out_dir = tiny_run(tensorboard_log=True, sample_interval=6)
+    events = EventAccumulator(str(out_dir))
+    events.Reload()
+    for name in ("loss", "val_loss", "lr"):
+        logged = [(r["step"], r[name]) for r in report.read_log(out_dir / "log.jsonl") if name in r]
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [(s, pytest.approx(v, rel=1e-6)) for s, v in logged]
+    assert events.Tags()["tensors"] == ["sample/text_summary"]
 
 
 def test_wandb_gets_what_the_log_gets(tiny_run, monkeypatch):
