@@ -53,7 +53,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """
     B, nh, T, hs = q.size()
     S = k.size(2)
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or T == 1:
         assert T in (1, S), "is_causal aligns the mask to the first key, so T must be S"
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
     # On a CPU the backward pass of scaled_dot_product_attention takes half of a training step at
@@ -77,21 +77,23 @@ def gelu(x: Tensor, form: Literal["tanh", "exact"] = "tanh") -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for one layer: (B, nh, up to block_size, hs)."""
+    """Keys and values of the tokens seen so far, for one layer.
 
-    def __init__(self) -> None:
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+    There is room for `block_size` of them from the start: a tensor that grows would be copied for each token.
+    """
 
-    @property
-    def length(self) -> int:
-        return 0 if self.k is None else self.k.size(2)
+    def __init__(self, block_size: int) -> None:
+        self.block_size, self.length = block_size, 0
+        self.keys_values: Tensor | None = None  # (2, B, nh, block_size, hs)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.k is not None:
-            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
-        self.k, self.v = k, v
-        return k, v
+        """Add those of T tokens, (B, nh, T, hs) each; returns all, (B, nh, length, hs)."""
+        B, nh, T, hs = k.size()
+        if self.keys_values is None:
+            self.keys_values = k.new_empty(2, B, nh, self.block_size, hs)
+        start, self.length = self.length, self.length + T
+        self.keys_values[0, :, :, start : self.length], self.keys_values[1, :, :, start : self.length] = k, v
+        return self.keys_values[0, :, :, : self.length], self.keys_values[1, :, :, : self.length]
 
 
 class CausalSelfAttention(nn.Module):
@@ -242,7 +244,7 @@ class GPT(nn.Module):
         self.eval()
         block_size = self.config.block_size
         idx = idx[:, -block_size:]
-        caches, new = [KVCache() for _ in self.transformer.h], idx
+        caches, new = [KVCache(block_size) for _ in self.transformer.h], idx
         try:
             for _ in range(max_new_tokens):
                 logits = self(new, caches=caches)[0][:, -1]  # (B, V)
@@ -251,7 +253,7 @@ class GPT(nn.Module):
                 idx = torch.cat((idx, new), dim=1)
                 if idx.size(1) > block_size:
                     idx = idx[:, -block_size:]
-                    caches, new = [KVCache() for _ in self.transformer.h], idx
+                    caches, new = [KVCache(block_size) for _ in self.transformer.h], idx
         finally:
             self.train(was_training)
 

@@ -24,7 +24,7 @@ class SampleConfig:
     stop: str = "<|endoftext|>"  # a text ends where this has been written; empty: at max_new_tokens only
     seed: int = 1337  # the same seed writes the same texts
     device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: no, it takes longer than most texts
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ def main(config: SampleConfig) -> None:
     device = runtime.resolve_device(config.device)
     dtype = runtime.resolve_dtype(config.dtype, device)
     model, checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint)
-    model.to(device)
+    model.to(device, dtype)  # the weights themselves: making a token is little more than reading all of them
     tok = tokenizer.from_dict(checkpoint["tokenizer"])
     start = read_start(config.start)
     prompt = torch.tensor([tok.encode(start)], device=device)  # (1, T)
@@ -84,15 +84,14 @@ def main(config: SampleConfig) -> None:
         print(start, end="")
         # A character can have bytes in several tokens: the decoder waits until it is whole.
         decoder, said = codecs.getincrementaldecoder("utf-8")("replace"), ""
-        with runtime.autocast(device, dtype):
-            for token in model.generate(
-                prompt, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator
-            ):
-                new = decoder.decode(tok.decode_bytes([token.item()]))
-                print(new, end="", flush=True)
-                said = (said + new)[-len(config.stop + new) :]
-                if config.stop and config.stop in said:
-                    break
+        for token in model.generate(
+            prompt, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator
+        ):
+            new = decoder.decode(tok.decode_bytes([token.item()]))
+            print(new, end="", flush=True)
+            said = (said + new)[-len(config.stop + new) :]
+            if config.stop and config.stop in said:
+                break
         print(decoder.decode(b"", final=True))
 
 

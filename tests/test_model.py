@@ -1,14 +1,18 @@
 """The model against `transformers`, and the properties that make it a causal language model."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
 
 import model as model_module
+from configurator import read_options
 from model import GPT, GPTConfig, attention, sample_token
+from train import TrainConfig
 
 SMALL = dict(vocab_size=97, block_size=24, n_layer=3, n_head=4, n_embd=32)
 
@@ -174,6 +178,42 @@ def test_number_of_parameters():
     assert GPT(config).num_params() == 134_601_216
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("phase1_char", 421_504), ("phase2_bpe", 23_132_160), ("phase3_gpt2", 134_601_216), ("gpt2_124m", 124_475_904)],
+)
+def test_the_models_of_the_config_files_have_their_sizes(name, parameters):
+    """The last is OpenAI's 124,439,808 and 47 padded rows of 768."""
+    config = read_options(TrainConfig, [str(ROOT / "config" / f"{name}.py")])
+    shape = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if field.name != "vocab_size"}
+    vocab_size = {"phase1_char": 65, "gpt2_124m": 50257}.get(name, 32000)
+    with torch.device("meta"):
+        assert GPT(GPTConfig(vocab_size=vocab_size, **shape)).num_params() == parameters
+
+
+def test_padded_rows_of_the_vocabulary_change_nothing_and_are_never_sampled():
+    plain, padded = small_model(), small_model(pad_vocab_to=128)
+    weights = padded.state_dict()
+    for name, p in plain.state_dict().items():
+        weights[name][: len(p)] = p
+    weights["lm_head.weight"][97:] = 100.0  # were they tokens, they would be the likeliest
+    padded.load_state_dict(weights)
+    x = tokens(2, 24)
+    logits, loss = padded(x, x.flip(1))
+    assert torch.equal(logits, plain(x)[0]) and torch.equal(loss, plain(x, x.flip(1))[1])
+    loss.backward()
+    assert not padded.lm_head.weight.grad[97:].any() and padded.lm_head.weight.grad[:97].any()
+    for temperature in (0, 5.0):
+        assert torch.cat(list(padded.generate(x, 50, temperature=temperature))).max() < 97
+
+
+def test_gelu_has_both_its_forms():
+    x = torch.linspace(-6, 6, 1000)
+    assert torch.equal(model_module.gelu(x), F.gelu(x, approximate="tanh"))
+    assert torch.equal(model_module.gelu(x, "exact"), F.gelu(x))
+    assert not torch.equal(model_module.gelu(x), model_module.gelu(x, "exact"))
+
+
 def test_every_parameter_is_in_one_group_and_vectors_are_not_decayed():
     for tie_weights in (True, False):
         model = small_model(tie_weights=tie_weights)
@@ -255,7 +295,7 @@ def test_other_devices_take_the_fused_attention(monkeypatch):
     )
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMALL))
-        caches = [model_module.KVCache() for _ in range(3)]
+        caches = [model_module.KVCache(SMALL["block_size"]) for _ in range(3)]
         model(torch.zeros(2, 23, dtype=torch.int64), caches=caches)
         model(torch.zeros(2, 1, dtype=torch.int64), caches=caches)  # one query sees all keys
     assert [call["is_causal"] for call in calls] == [True] * 3 + [False] * 3
