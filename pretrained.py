@@ -105,8 +105,7 @@ def load_pretrained(name: str) -> tuple[GPT, BPETokenizer | CharTokenizer]:
         model = GPT(config)
         model.load_state_dict(transpose(weights))
     except Exception as error:  # names or shapes that are not those of GPT
-        reason = one_line(error)[:200]
-        raise UserError(f"{name}: its weights are not those of its config.json ({reason})") from error
+        raise UserError(f"{name}: its weights are not what config.json says ({one_line(error)[:200]})") from error
     return model, tok
 
 
@@ -146,13 +145,14 @@ def read_config(path: Path, tokens: int) -> GPTConfig:
         if theirs.get(name, values[0]) not in values:
             known = " or ".join(map(repr, values))
             raise UserError(f"{path}: {name} is {theirs[name]!r}, and GPT computes {known}; choose another model")
+    rows = theirs["vocab_size"]
     if theirs["n_embd"] % theirs["n_head"]:
         raise UserError(f"{path}: n_head is {theirs['n_head']}, but must divide n_embd={theirs['n_embd']}")
-    if theirs["vocab_size"] < tokens:
-        raise UserError(f"{path}: vocab_size is {theirs['vocab_size']}, but the tokenizer has {tokens} tokens")
+    if rows < tokens:
+        raise UserError(f"{path}: vocab_size is {rows}, but the tokenizer has {tokens} tokens")
     return GPTConfig(
         vocab_size=tokens,
-        pad_vocab_to=theirs["vocab_size"] if theirs["vocab_size"] > tokens else 0,
+        pad_vocab_to=rows if rows > tokens else 0,
         tie_weights=theirs.get("tie_word_embeddings", True),
         block_size=theirs["n_positions"],
         **{name: theirs[name] for name in SIZES},
@@ -180,9 +180,7 @@ def read_weights(source: Source) -> dict[str, Tensor]:
         try:
             weights |= load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path}: can not be read ({one_line(error)[:100]}); remove it and fetch it again"
-            ) from error
+            raise UserError(f"{path}: can not be read ({one_line(error)[:99]}); take another copy of it") from error
     # OpenAI's files have no prefix, and have the causal masks, which are no parameters.
     return {
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
@@ -201,7 +199,7 @@ def read_tokenizer(source: Source) -> BPETokenizer | CharTokenizer:
     path = source.need("tokenizer.json", "vocab.json")
     fields = read_json(path)
     if path.name == "vocab.json":
-        lines = source.need("merges.txt").read_text("utf-8").split("\n")
+        lines = source.need("merges.txt").read_text("utf-8", "replace").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
         fields = {"pre_tokenizer": GPT2_SPLIT, "model": {"vocab": fields, "merges": merges}}
     try:
@@ -214,10 +212,8 @@ def read_tokenizer(source: Source) -> BPETokenizer | CharTokenizer:
         ours = tokenizer_json(tok)
         merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in fields["model"].get("merges", ())]
         same = vocab == ours["model"]["vocab"] and merges == ours["model"].get("merges", [])
-        # Old files do not say `use_regex`; what they do say must be what we would.
-        same &= ours["pre_tokenizer"] | fields["pre_tokenizer"] == ours["pre_tokenizer"] and not fields.get(
-            "normalizer"
-        )
+        split = ours["pre_tokenizer"] | fields["pre_tokenizer"]  # old files do not say `use_regex`
+        same = same and split == ours["pre_tokenizer"] and not fields.get("normalizer")
     except (UserError, AttributeError, KeyError, TypeError):
         same = False
     if not same:
@@ -240,7 +236,8 @@ def tokenizer_json(tok: BPETokenizer | CharTokenizer) -> dict:
         added[0] |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         vocab = {spell(token): i for i, token in enumerate(tok.tokens)} | {END_OF_TEXT: tok.end_of_text}
         model = {"type": "BPE", "vocab": vocab, "merges": merges_of(tok.tokens)}
-    return {"version": "1.0", "added_tokens": added, "pre_tokenizer": split, "decoder": decoder, "model": model}
+    parts = {"version": "1.0", "added_tokens": added, "pre_tokenizer": split, "decoder": decoder, "model": model}
+    return parts | dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
 
 
 def spell(token: bytes) -> str:
@@ -254,7 +251,7 @@ def merges_of(tokens: list[bytes]) -> list[str]:
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             first, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts)))
-            if first == rank:  # three parts or more: no two tokens make this one, and BPE never does
+            if first >= rank:  # three parts or more: no two tokens make this one, and BPE never does
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) > 1:

@@ -343,7 +343,7 @@ def test_what_config_json_leaves_out_is_as_transformers_has_it(folder):
 )
 def test_a_shape_that_is_not_that_of_the_weights_is_refused(folder, fields, words):
     change_json(folder / "config.json", **fields)
-    assert_refused("theirs", "its weights are not those of its config.json")
+    assert_refused("theirs", "its weights are not what config.json says")
     assert_refused("theirs", words)
 
 
@@ -400,6 +400,7 @@ def swap_merges(fields):
     [
         swap_merges,
         lambda fields: fields["model"]["merges"].pop(),
+        lambda fields: fields["model"]["merges"].reverse(),
         lambda fields: fields["model"]["vocab"].pop("!"),
         lambda fields: fields["model"]["vocab"].update(more=V),
         lambda fields: fields["model"]["vocab"].update({"\u4f60": V}),
