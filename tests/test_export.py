@@ -159,6 +159,10 @@ def test_an_unknown_character_is_an_error_there_too(theirs):
         theirs["char"]("3 times Z")
 
 
+def test_no_version_of_transformers_is_to_clean_up_spaces(theirs):
+    assert not any(tok.clean_up_tokenization_spaces for tok in theirs.values())
+
+
 def test_only_a_bpe_vocabulary_has_ends(theirs, exported):
     end = TOKENIZERS["bpe"].end_of_text
     assert theirs["bpe"].eos_token_id == theirs["bpe"].bos_token_id == end and len(theirs["bpe"]) == V["bpe"]
