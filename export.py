@@ -44,7 +44,7 @@ from pretrained import COMPUTED, SIZES, tokenizer_json, transpose
 
 def main(config: ExportConfig) -> None:
     folder, path = Path(config.to), Path(config.out_dir) / config.checkpoint
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"to={folder}: there is something already; name a new folder")
     model, checkpoint = load_checkpoint(path)
     if config.weights_only:
@@ -81,9 +81,8 @@ def write_folder(folder: Path, model: GPT, tok: tokenizer.BPETokenizer | tokeniz
     if end is not None:
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.END_OF_TEXT)
         tokenizer_config |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **names}
-    weights = safetensors.torch.save(their_weights(model), metadata={"format": "pt"})
     contents = {
-        "model.safetensors": weights,
+        "model.safetensors": safetensors.torch.save(their_weights(model), metadata={"format": "pt"}),
         "generation_config.json": ends,
         "tokenizer_config.json": tokenizer_config,
         "tokenizer.json": tokenizer_json(tok),

@@ -23,7 +23,7 @@ from torch import Tensor
 from configurator import UserError, one_line
 from download import NotFound, download, hub_url
 from model import GPT, GPTConfig
-from tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer
+from tokenizer import END_OF_TEXT, SPLIT_PATTERN, BPETokenizer, CharTokenizer
 
 # OpenAI's four models: commits of the repositories openai-community/<name>.
 REVISIONS = {
@@ -32,7 +32,7 @@ REVISIONS = {
     "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
     "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
 }
-SIZES = ("n_layer", "n_head", "n_embd")  # the names are those of GPTConfig; its block_size is their n_positions
+SIZES = ("n_layer", "n_head", "n_embd")  # are called the same in both configs; block_size is their n_positions
 COMPUTED = {  # what config.json must say of these for GPT to compute the same; to be silent is to say the first
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -195,7 +195,7 @@ def transpose(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tokenizer(source: Source) -> BPETokenizer | CharTokenizer:
-    """The tokenizer of `source`, if it is one that tokenizer_json would write so."""
+    """The tokenizer of `source`; one is refused if tokenizer_json would not write it in the same way."""
     path = source.need("tokenizer.json", "vocab.json")
     fields = read_json(path)
     if path.name == "vocab.json":
@@ -231,6 +231,7 @@ def tokenizer_json(tok: BPETokenizer | CharTokenizer) -> dict:
         split, decoder, added = CHARACTER_SPLIT, {"type": "Fuse"}, []
         model = {"type": "WordLevel", "vocab": tok.ids, "unk_token": ""}
     else:
+        assert tok.pattern == SPLIT_PATTERN, "every tokenizer that this program makes cuts words as GPT-2 does"
         split, decoder = GPT2_SPLIT, GPT2_SPLIT  # the one name is for spelling bytes and for reading them
         added = [{"id": tok.end_of_text, "content": END_OF_TEXT, "special": True}]
         added[0] |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
