@@ -458,6 +458,7 @@ def test_two_processes_finetune_together(finetune, hub, tmp_path):
     alone = load_checkpoint(finetune(out_dir="out/alone", max_iters=2, dropout=0.0) / "ckpt.pt")[1]["model"]
     shutil.rmtree("data/cache")
     hub.requests.clear()
+    hub.seconds_per_block = 0.5  # long enough for the other process to come too early
     options = dict(block_size=16, max_iters=2, eval_iters=0, sample_interval=0, compile=False, dtype="float32")
     options |= dict(out_dir="out/two", eval_interval=2, dropout=0.0, device="cpu")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
