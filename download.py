@@ -20,6 +20,10 @@ TIMEOUT = 30  # seconds without a byte
 PAUSE = 1.0  # seconds before the second attempt; it doubles with each further one
 
 
+class NotFound(UserError):
+    """The server is there, and has no such file."""
+
+
 def hub_url(path: str) -> str:
     """A file on the Hugging Face hub or on the mirror of it that HF_ENDPOINT names."""
     return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{path}"
@@ -29,8 +33,8 @@ def download(url: str, path: Path, sha256: str = "", tries: int = 5) -> None:
     """Bring `url` to `path`, which appears when it is whole.
 
     Its length and, if the hub gives one or `sha256` is set, its checksum are compared. A break is taken
-    up where it happened; `tries` attempts in a row that bring nothing new raise UserError, as does a
-    server that has no such file.
+    up where it happened; `tries` attempts in a row that bring nothing new raise UserError; a server that
+    has no such file, NotFound.
     """
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +50,7 @@ def download(url: str, path: Path, sha256: str = "", tries: int = 5) -> None:
                     raise UserError(f"{url}: no address to download from ({one_line(error)[:150]})") from error
                 reason = one_line(error)[:200]
                 if error.args and isinstance(error.args[0], MaxRetryError):
+                    reason = one_line(error.args[0].reason)[:200]
                     break  # the session has tried often enough
             if not reason:
                 os.replace(part, path)
@@ -86,9 +91,14 @@ def fetch_rest(session: requests.Session, url: str, part: Path, sha256: str) -> 
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status = response.status_code
         if status in (401, 403):
-            raise UserError(f"{url}: the server wants to know who asks (status {status}); set HF_TOKEN to your token")
+            raise UserError(
+                f"{url}: the server wants to know who asks (status {status}; so the hub answers to a name that does "
+                "not exist, too); check the name, or set HF_TOKEN to your token"
+            )
         if status not in (200, 206, 416):
-            raise UserError(f"{url}: the server answers {status} {response.reason}; is there such a file?")
+            raise (NotFound if status == 404 else UserError)(
+                f"{url}: the server answers {status} {response.reason}; is there such a file?"
+            )
         start, total = content_range(response)
         # The hub says what the file is before it sends us on to where it lies.
         tags = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in (response, *response.history)]

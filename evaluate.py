@@ -29,7 +29,7 @@ class EvaluateConfig:
     # the model
     out_dir: str = "out/phase1_char"  # the run's folder
     checkpoint: str = "ckpt.pt"  # the file in it: ckpt.pt is the last state, best.pt the best
-    init_from: str = ""  # instead of a run: gpt2, another name on the Hugging Face hub, or a folder from there
+    init_from: str = "resume"  # resume: a run's model; or a pretrained one: gpt2, gpt2-xl, owner/name, a folder
     # what it is scored on
     task: Literal["", "hellaswag", "lambada"] = ""  # hellaswag, lambada; empty: loss and bits per byte of a file
     data: str = ""  # file or URL: .txt or .bin (by default the run's val.bin), or the task's .jsonl (its own URL)
@@ -71,6 +71,7 @@ from checkpoint import load_checkpoint
 from data import TOKEN, read_meta, scan
 from download import download
 from model import GPT
+from pretrained import load_pretrained
 from tokenizer import BPETokenizer, Tokenizer
 
 URLS = {
@@ -251,9 +252,7 @@ def accuracy(name: str, hits: Sequence[bool]) -> dict:
 
 def load_model(config: EvaluateConfig) -> tuple[GPT, Tokenizer, str]:
     """The model, its tokenizer, and the val.bin of its run, if it is from one."""
-    if config.init_from:
-        from pretrained import load_pretrained  # here, because a run of one's own does not need it
-
+    if config.init_from != "resume":
         return *load_pretrained(config.init_from), ""
     model, checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint)
     val = Path("data") / checkpoint["train_config"]["dataset"] / "val.bin"
@@ -283,7 +282,7 @@ def main(config: EvaluateConfig) -> None:
     evaluate = evaluate_task if config.task else evaluate_file
     with runtime.autocast(device, dtype):
         figures = evaluate(model, tok, find_file(data), config)
-    name = config.init_from or str(Path(config.out_dir) / config.checkpoint)
+    name = config.init_from if config.init_from != "resume" else str(Path(config.out_dir) / config.checkpoint)
     result = {"model": name, "dtype": runtime.dtype_name(dtype), "task": config.task or "file", "data": data, **figures}
     for key, value in result.items():
         print(f"{key:15} {f'{value:.4f}' if isinstance(value, float) else value}")

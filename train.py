@@ -3,6 +3,7 @@
     python train.py config/phase1_char.py
     python train.py config/phase1_char.py --n_layer=4 --out_dir=out/deeper
     python train.py config/phase1_char.py --init_from=resume
+    python train.py config/finetune_shakespeare.py --init_from=gpt2-medium
     torchrun --standalone --nproc_per_node=2 train.py config/phase1_char.py --batch_size=16 \\
         --gradient_accumulation_steps=2
 
@@ -13,11 +14,15 @@ Reads data/<dataset>/ and writes to out_dir:
     log.jsonl    a JSON object per logged step and per evaluation
     samples.md   what the model said along the way      } made from log.jsonl,
     loss.png     training and validation loss           } by report.py
+
+A run that begins from a pretrained GPT-2 (init_from) has its shape, whatever n_layer, n_head, n_embd,
+bias, tie_weights, gelu and pad_vocab_to say; of its context it may use a part (block_size), and dropout is
+the run's own. It needs a data set made with the same tokenizer, and is resumed as any other.
 """
 
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 from configurator import UserError, configure, run
@@ -30,7 +35,7 @@ class TrainConfig:
     # input and output
     dataset: str = "openweb"  # the folder under data/ that a prepare script wrote
     out_dir: str = "out"  # where the run goes
-    init_from: Literal["scratch", "resume", "auto"] = "scratch"  # resume: from out_dir/ckpt.pt; auto: if it is there
+    init_from: str = "scratch"  # resume: from out_dir/ckpt.pt; auto: if it is there; gpt2, owner/name, folder: finetune
     eval_interval: int = 2000  # steps between evaluations
     eval_iters: int = 0  # batches per evaluation; 0: every token of val.bin once
     eval_only: bool = False  # evaluate, print, and stop
@@ -96,6 +101,8 @@ class TrainConfig:
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)} but must be at least 0 and below 1")
+        if not self.init_from:
+            raise UserError("init_from is empty; scratch, resume, auto, or a pretrained GPT-2 is where a run begins")
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate is {self.learning_rate} but must be above 0")
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -120,6 +127,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +144,11 @@ from checkpoint import load_checkpoint, save_checkpoint
 from data import Dataset, Tokens, gather, random_offsets, spread_offsets, whole_file_offsets
 from model import GPT, GPTConfig
 from muon import Muon
+from pretrained import load_pretrained
+from tokenizer import Tokenizer
+
+OWN = ("scratch", "resume", "auto")  # any other init_from is the name of a pretrained GPT-2
+SHAPE = tuple(field.name for field in fields(GPTConfig) if field.name != "vocab_size")  # options of the same names
 
 
 class Processes:
@@ -188,6 +201,13 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
+    def in_turn(self, function: Callable):
+        """What `function` returns; the first process of each machine calls it before the others do."""
+        early = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        result = function() if early else None
+        self.gather("done")
+        return result if early else function()
+
     def leave(self) -> None:
         if self.distributed:
             dist.destroy_process_group()
@@ -227,13 +247,29 @@ def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> li
     return optimizers
 
 
+def in_shape_of(model: GPT, config: TrainConfig) -> TrainConfig:
+    """`config` with the shape of `model`, of whose context it may use a part."""
+    shape = {name: getattr(model.config, name) for name in SHAPE if name not in ("block_size", "dropout")}
+    return replace(config, block_size=min(config.block_size, model.config.block_size), **shape)
+
+
 class Trainer:
     """The state of a run (model, optimizers, step) and what is done with it."""
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        self.config, self.processes, self.device = config, processes, processes.device
+        self.processes, self.device = processes, processes.device
         self.dtype = runtime.resolve_dtype(config.dtype, self.device)
         self.out_dir = Path(config.out_dir)
+        path, model, origin = self.out_dir / "ckpt.pt", None, config.init_from
+        self.resumed = origin == "resume" or (origin == "auto" and path.exists())
+        if self.resumed:
+            model, checkpoint = load_checkpoint(path)
+            origin = checkpoint["train_config"]["init_from"]
+        elif origin not in OWN:
+            model, tok = processes.in_turn(lambda: load_pretrained(config.init_from))
+        if origin not in OWN:  # the next checkpoint says it too, so that it can be resumed in its turn
+            config = in_shape_of(model, replace(config, init_from=origin))
+        self.config = config
         self.data = Dataset(Path("data") / config.dataset, config.block_size)
         self.tokenizer = self.data.tokenizer
         self.prompt = self.tokenizer.encode(config.sample_start) if config.sample_interval else []
@@ -250,8 +286,7 @@ class Trainer:
         self.train_windows = spread_offsets(len(windows), len(self.data.train), config.block_size)
 
         torch.manual_seed(config.seed)
-        names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights", "pad_vocab_to", "gelu")
-        shape = {name: getattr(config, name) for name in names}
+        shape = {name: getattr(config, name) for name in SHAPE}
         if 0 < config.pad_vocab_to < self.tokenizer.vocab_size:
             raise UserError(
                 f"pad_vocab_to={config.pad_vocab_to} is below the {self.tokenizer.vocab_size} tokens of "
@@ -262,10 +297,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.start_step, self.evaluated_step, self.best_val_loss = 0, -1, math.inf
         self.grad_norms: deque[float] = deque(maxlen=5)  # the last ones, to show if a step goes wrong
-        path = self.out_dir / "ckpt.pt"
-        self.resumed = config.init_from == "resume" or (config.init_from == "auto" and path.exists())
         if self.resumed:
-            self.load_state(path)
+            self.load_state(path, model, checkpoint)
+        elif model:
+            self.load_weights(model, tok)
         steps = set(processes.gather(f"step {self.start_step}"))
         if len(steps) > 1:
             raise UserError(f"the processes begin at different steps, {', '.join(steps)}: out_dir must be one for all")
@@ -452,9 +487,19 @@ class Trainer:
             **state,
         )
 
-    def load_state(self, path: Path) -> None:
-        """Go on from the checkpoint at `path`. Raises UserError where it contradicts the options or the data."""
-        model, checkpoint = load_checkpoint(path)
+    def load_weights(self, model: GPT, tok: Tokenizer) -> None:
+        """Begin from a pretrained `model`, which `tok` belongs to."""
+        if tok.to_dict() != self.tokenizer.to_dict():
+            raise UserError(
+                f"data/{self.config.dataset} was not made with the tokenizer of init_from={self.config.init_from}; "
+                f"prepare a data set with it: for OpenAI's models, --tokenizer=gpt2 of a prepare script"
+            )
+        weights = model.state_dict()
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: self.config.block_size]
+        self.model.load_state_dict(weights)
+
+    def load_state(self, path: Path, model: GPT, checkpoint: dict) -> None:
+        """Go on from the checkpoint read at `path`. Raises UserError where it contradicts the options or the data."""
         if "optimizers" not in checkpoint:
             raise UserError(f"{path} has weights alone, for sampling; a run goes on from a ckpt.pt with its optimizer")
         here = asdict(self.model.config) | {"optimizer": self.config.optimizer} | self.data.meta["sha256"]
@@ -506,7 +551,7 @@ class StopSignal:
 
 def main(config: TrainConfig) -> None:
     """Train, evaluate or check, as `config` says; under torchrun as one of several processes."""
-    if config.preflight:
+    if config.preflight and config.init_from in OWN:
         config = replace(config, init_from="scratch")
     processes = Processes(config)
     if processes.device.type == "cpu":

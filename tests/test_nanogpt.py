@@ -61,7 +61,13 @@ def theirs(reference: GPT2LMHeadModel, prefix: str = "", dataset: str = "tiny", 
         "model_args": SHAPE | dict(bias=True, vocab_size=reference.config.vocab_size, dropout=0.0),
         "iter_num": 5,
         "best_val_loss": torch.tensor(2.5),
-        "config": {"dataset": dataset, "learning_rate": 1e-3, "out_dir": "out/tiny", "compile": True},
+        "config": {
+            "dataset": dataset,
+            "init_from": "scratch",
+            "learning_rate": 1e-3,
+            "out_dir": "out/tiny",
+            "compile": True,
+        },
     }
 
 
