@@ -82,6 +82,9 @@ def nanogpt_meta(folder: Path) -> dict:
             f"{folder / 'meta.pkl'} is a pickle, which may run any code when it is read, so it is not; make meta.json "
             f"from the text: python prepare_shakespeare.py --input={folder / 'input.txt'} --dataset={folder.name}"
         )
+    largest = scan(folder / "train.bin")[1]
+    if largest < 1000:  # any text has commoner words among GPT-2's later tokens
+        raise UserError(f"{folder / 'meta.json'}: no such file, and ids up to {largest} are not GPT-2's; {PREPARE}")
     tok = tokenizer.BPETokenizer.gpt2()
     val = np.fromfile(folder / "val.bin", dtype=TOKEN)
     val_bytes = len(tok.decode_bytes(val[val < tok.end_of_text].tolist()))

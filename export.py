@@ -67,6 +67,7 @@ def write_folder(folder: Path, model: GPT, tok: tokenizer.BPETokenizer | tokeniz
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
     config |= {
         "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu" if c.gelu == "exact" else "gelu_new",
         "vocab_size": c.vocab_size,
         "n_positions": c.block_size,
         "n_ctx": c.block_size,  # as llama.cpp's converter calls it

@@ -35,7 +35,7 @@ REVISIONS = {
 SIZES = ("n_layer", "n_head", "n_embd")  # are called the same in both configs; block_size is their n_positions
 COMPUTED = {  # what config.json must say of these for GPT to compute the same; to be silent is to say the first
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -154,6 +154,7 @@ def read_config(path: Path, tokens: int) -> GPTConfig:
         vocab_size=tokens,
         pad_vocab_to=rows if rows > tokens else 0,
         tie_weights=theirs.get("tie_word_embeddings", True),
+        gelu="exact" if theirs.get("activation_function") == "gelu" else "tanh",
         block_size=theirs["n_positions"],
         **{name: theirs[name] for name in SIZES},
     )

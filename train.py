@@ -123,6 +123,7 @@ class TrainConfig:
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
     config = configure(TrainConfig)
 
+import gc
 import signal
 import sys
 import time
@@ -557,6 +558,7 @@ def main(config: TrainConfig) -> None:
     if processes.device.type == "cpu":
         runtime.repeatable()
         runtime.keep_freed_memory()
+    trainer = None
     try:
         trainer = Trainer(config, processes)
         if config.preflight:
@@ -583,6 +585,10 @@ def main(config: TrainConfig) -> None:
             ) from error
         raise
     finally:
+        # The threads of gloo end with the last reference to its group, of which DistributedDataParallel has
+        # one; if Python ends before them, the process may abort (https://github.com/pytorch/pytorch/pull/179291).
+        del trainer
+        gc.collect()
         processes.leave()
 
 

@@ -67,6 +67,7 @@ def some_tokens(kind: str) -> torch.Tensor:
 
 
 MODELS = [{}, {"tie_weights": False}, {"pad_vocab_to": 384}, {"pad_vocab_to": 384, "tie_weights": False}]
+MODELS.append({"gelu": "exact"})
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])

@@ -308,7 +308,7 @@ def assert_refused(name: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("activation_function", "gelu", "'gelu', and GPT computes 'gelu_new' or 'gelu_pytorch_tanh'"),
+        ("activation_function", "relu", "'relu', and GPT computes 'gelu_new' or 'gelu_pytorch_tanh' or 'gelu'"),
         ("layer_norm_epsilon", 1e-6, "1e-06, and GPT computes 1e-05"),
         ("scale_attn_weights", False, "False, and GPT computes True"),
         ("scale_attn_by_inverse_layer_idx", True, "True, and GPT computes False"),
