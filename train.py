@@ -123,7 +123,6 @@ class TrainConfig:
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
     config = configure(TrainConfig)
 
-import gc
 import signal
 import sys
 import time
@@ -208,6 +207,15 @@ class Processes:
         result = function() if early else None
         self.gather("done")
         return result if early else function()
+
+    def wait(self) -> None:
+        """Until all processes are here.
+
+        At its end a process waits for the others: DistributedDataParallel keeps gloo's threads alive, and one that
+        still held a tensor when Python ends would abort it (https://github.com/pytorch/pytorch/pull/179291).
+        """
+        if self.distributed:
+            dist.barrier()
 
     def leave(self) -> None:
         if self.distributed:
@@ -558,7 +566,6 @@ def main(config: TrainConfig) -> None:
     if processes.device.type == "cpu":
         runtime.repeatable()
         runtime.keep_freed_memory()
-    trainer = None
     try:
         trainer = Trainer(config, processes)
         if config.preflight:
@@ -577,6 +584,7 @@ def main(config: TrainConfig) -> None:
                 report.main(report.ReportConfig(config.out_dir))
                 print(f"{config.out_dir} has ckpt.pt, best.pt, log.jsonl, samples.md and loss.png; let it speak with")
                 print(f"    python sample.py --out_dir={config.out_dir}")
+        processes.wait()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise UserError(
@@ -585,10 +593,6 @@ def main(config: TrainConfig) -> None:
             ) from error
         raise
     finally:
-        # The threads of gloo end with the last reference to its group, of which DistributedDataParallel has
-        # one; if Python ends before them, the process may abort (https://github.com/pytorch/pytorch/pull/179291).
-        del trainer
-        gc.collect()
         processes.leave()
 
 
@@ -613,6 +617,7 @@ def train(trainer: Trainer) -> None:
                 trainer.save_state(step + 1)
             if stopped:
                 log.say(f"stopped after step {step + 1:,}, all of it saved; go on with --init_from=resume")
+                processes.wait()
                 sys.exit(128 + (stop.number or signal.SIGTERM))
 
 
