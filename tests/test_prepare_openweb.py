@@ -47,6 +47,7 @@ def hub(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setitem(prepare.SOURCES, "openwebtext", ("datasets/some/text/resolve/1", "train-{:02}.parquet", 6))
     documents = make_documents(600)
+    documents[450] = documents[2]
     for n in range(6):
         shard = parquet([*documents[100 * n : 100 * n + 100], None])
         server.files[f"/datasets/some/text/resolve/1/train-{n:02}.parquet"] = shard
@@ -93,7 +94,7 @@ def test_bins_equal_those_of_a_plain_loop(hub, server):
     assert not list(Path("data/cache").rglob("*.parquet"))
     told = meta["source"]["documents"]
     assert told["read"] == 600 and told["dropped: shorter than min_chars"] >= 1
-    assert told["dropped: the same as an earlier one"] == 1
+    assert told["dropped: the same as an earlier one"] == 2  # one in the same shard, one in a later one
     assert told["mended: control characters"] == told["mended: not in Unicode's form NFC"] == 1
     assert sum(told[k] for k in told if k.startswith(("kept", "dropped"))) == 600
 
@@ -124,6 +125,19 @@ def test_size_ends_the_data_set_and_no_more_is_downloaded(hub, server, monkeypat
     assert 150_000 <= source["text_bytes"] < 160_000
     asked = {path for path, _ in server.requests}
     assert len(asked) < 6
+
+
+def test_no_more_than_one_shard_is_on_the_disk(hub, monkeypatch):
+    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 50_000)
+    seen, add_shard = [], prepare.add_shard
+
+    def look(*args):
+        seen.append(len(list(Path("data/cache").rglob("*.parquet*"))))
+        add_shard(*args)
+
+    monkeypatch.setattr(prepare, "add_shard", look)
+    run()
+    assert seen == [1] * 6
 
 
 def test_what_is_in_validation_does_not_depend_on_size(hub):
