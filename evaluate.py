@@ -276,6 +276,8 @@ def main(config: EvaluateConfig) -> None:
     dtype = runtime.resolve_dtype(config.dtype, device)
     model, tok, val = load_model(config)
     model.to(device).eval()
+    if device.type == "cpu":
+        runtime.keep_freed_memory()
     data = config.data or URLS.get(config.task, val)
     if not data:
         raise UserError(f"init_from={config.init_from} has no data set of its own; name a .txt or .bin with --data")

@@ -199,7 +199,7 @@ def table(records: list[dict]) -> str:
         if "sample" in r:
             said = " / ".join(line for line in r["sample"].splitlines() if line)
             said = said if len(said) <= 90 else said[:90].rsplit(" ", 1)[0] + " ..."
-            lines.append(f"{r['epoch']:5.0f} | {r['train_loss']:13.4f} | {r['val_loss']:15.4f} | {said}")
+            lines.append(f"{r['epoch']:5.3g} | {r['train_loss']:13.4f} | {r['val_loss']:15.4f} | {said}")
     return "\n".join(lines)
 
 
@@ -208,7 +208,7 @@ def write_samples(out_dir: Path, records: list[dict]) -> None:
     for r in records:
         if "sample" in r:
             parts.append(
-                f"\n## Epoch {r['epoch']:.0f}, validation loss {r['val_loss']:.4f}\n\n```text\n{r['sample']}\n```"
+                f"\n## Epoch {r['epoch']:.3g}, validation loss {r['val_loss']:.4f}\n\n```text\n{r['sample']}\n```"
             )
     with atomic_write(out_dir / "samples.md") as file:
         file.write(("\n".join(parts) + "\n").encode())
