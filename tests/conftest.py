@@ -74,6 +74,7 @@ class Server(ThreadingHTTPServer):
         "extra"      the answer has bytes that are not of the file, and a Content-Length to match
         "ignore"     the whole file, whatever range was asked for
         "shift"      another range than was asked for
+        "part"       half of what was asked for, and says so
         "silent"     no Content-Length
         "wrong"      one byte of the body is another
     """
@@ -109,15 +110,18 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         body = content[start:]
-        body = {"cut": body[: len(body) // 2], "extra": body + b"!", "wrong": bytes([body[0] ^ 1]) + body[1:]}.get(
-            fault, body
-        )
+        body = {
+            "cut": body[: len(body) // 2],
+            "part": body[: len(body) // 2],
+            "extra": body + b"!",
+            "wrong": bytes([body[0] ^ 1]) + body[1:],
+        }.get(fault, body)
         self.send_response(206 if start else 200)
         if start:
             first = start + 7 * (fault == "shift")
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         if fault != "silent":
-            length = {"extra": len(body), "long": len(body) + 9}.get(fault, len(content) - start)
+            length = {"extra": len(body), "part": len(body), "long": len(body) + 9}.get(fault, len(content) - start)
             self.send_header("Content-Length", str(length))
         for name, value in server.headers.items():
             self.send_header(name, value)

@@ -54,7 +54,7 @@ def test_server_errors_are_tried_again(file, server, tmp_path):
     assert len(server.requests) == 4
 
 
-@pytest.mark.parametrize("fault", ["ignore", "shift"])
+@pytest.mark.parametrize("fault", ["ignore", "shift", "part"])
 def test_another_range_than_was_asked_for_is_no_harm(file, tmp_path, fault):
     assert file(tmp_path / "file", "cut", fault) == CONTENT
 
