@@ -82,7 +82,7 @@ def nanogpt_meta(folder: Path) -> dict:
             f"{folder / 'meta.pkl'} is a pickle, which may run any code when it is read, so it is not; make meta.json "
             f"from the text: python prepare_shakespeare.py --input={folder / 'input.txt'} --dataset={folder.name}"
         )
-    largest = scan(folder / "train.bin")[1]
+    largest = np.fromfile(folder / "train.bin", dtype=TOKEN, count=1 << 20).max(initial=0)
     if largest < 1000:  # any text has commoner words among GPT-2's later tokens
         raise UserError(f"{folder / 'meta.json'}: no such file, and ids up to {largest} are not GPT-2's; {PREPARE}")
     tok = tokenizer.BPETokenizer.gpt2()

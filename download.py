@@ -39,7 +39,7 @@ def download(url: str, path: Path, sha256: str = "", tries: int = 5) -> None:
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     failures, most, reason = 0, 0, ""
-    with open_session(tries) as session:
+    with open_session(url, tries) as session:
         while failures < tries:
             if failures:
                 time.sleep(PAUSE * 2 ** (failures - 1))
@@ -65,17 +65,17 @@ def download(url: str, path: Path, sha256: str = "", tries: int = 5) -> None:
 def remote_size(url: str) -> int:
     """Bytes of the file at `url`, or 0 if the server does not say."""
     try:
-        with open_session(tries=2) as session:
+        with open_session(url, tries=2) as session:
             answer = session.head(url, timeout=TIMEOUT, allow_redirects=True)
         return int(answer.headers.get("Content-Length", 0)) if answer.ok else 0
     except (requests.RequestException, ValueError):
         return 0  # whether it can be had at all, `download` finds out
 
 
-def open_session(tries: int) -> requests.Session:
-    """A session that asks again, ever more slowly, while a server is not there or not well."""
-    session = requests.Session()
-    if token := os.environ.get("HF_TOKEN"):
+def open_session(url: str, tries: int) -> requests.Session:
+    """A session for `url` that asks again, ever more slowly, while a server is not there or not well."""
+    session, token = requests.Session(), os.environ.get("HF_TOKEN")
+    if token and url.startswith(hub_url("")):  # it is for the hub alone
         session.headers["Authorization"] = f"Bearer {token}"
     session.headers["Accept-Encoding"] = "identity"  # lengths and ranges are those of the file itself
     retry = Retry(total=tries - 1, backoff_factor=PAUSE, status_forcelist=(408, 429, 500, 502, 503, 504))

@@ -261,16 +261,12 @@ def bill(trainer) -> str:
 
 def time_step(trainer, n_micros: int) -> float:
     """Seconds of a training step made of its first `n_micros` forward passes: the median of a few."""
-    micros, seconds = trainer.micros, []
+    micros = trainer.micros
     try:
         trainer.micros = micros[:n_micros]
-        while len(seconds) < 5 and sum(seconds) < 20:
-            started = time.perf_counter()
-            trainer.train_step(0, lr=0.0)
-            seconds.append(time.perf_counter() - started)
+        return median_seconds(lambda: trainer.train_step(0, lr=0.0), most=20)
     finally:
         trainer.micros = micros
-    return sorted(seconds)[len(seconds) // 2]
 
 
 def duration(seconds: float) -> str:
@@ -311,9 +307,10 @@ def gain_of_larger_batch(trainer) -> float:
     return 2 * once / twice
 
 
-def median_seconds(function: Callable) -> float:
+def median_seconds(function: Callable, most: float = 10) -> float:
+    """The median time of five calls, or of those that begin before `most` seconds are over."""
     seconds = []
-    while len(seconds) < 5 and sum(seconds) < 10:
+    while len(seconds) < 5 and sum(seconds) < most:
         started = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - started)

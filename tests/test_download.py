@@ -3,6 +3,7 @@
 import hashlib
 
 import pytest
+import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +87,18 @@ def test_what_can_not_be_had_ends_in_one_line(file, tmp_path, faults, words):
     with pytest.raises(UserError, match=words) as error:
         file(tmp_path / "file", *faults, sha256=SHA256)
     assert "\n" not in str(error.value) and not (tmp_path / "file").exists()
+
+
+def test_the_token_of_the_hub_goes_nowhere_else(file, server, tmp_path, monkeypatch):
+    sent, send = [], requests.Session.send
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(
+        requests.Session, "send", lambda s, r, **o: sent.append(r.headers.get("Authorization")) or send(s, r, **o)
+    )
+    file(tmp_path / "file")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    file(tmp_path / "file")
+    assert sent == [None, "Bearer hf_secret"]
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/file", "no address", "ftp://127.0.0.1/file"])
