@@ -158,7 +158,8 @@ def help_text(cls: type) -> str:
     ]
     defaults = {field.name: field.default for field in fields(cls)}
     name = None
-    for token in tokenize.generate_tokens(io.StringIO(dedent(getsource(cls))).readline):
+    source = "".join(dedent(getsource(c)) for c in reversed(cls.__mro__[:-1]))  # inherited options first
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line, comment = token.line.strip(), token.string.lstrip("# ")
         if token.type == tokenize.NAME and token.string in defaults and line.startswith(token.string + ":"):
             name = token.string

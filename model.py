@@ -183,6 +183,14 @@ class GPT(nn.Module):
         """Number of parameters, positions included; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
+    def flops_per_token(self, T: int) -> int:
+        """Floating-point operations of training on one token of T: forwards once, backwards twice.
+
+        A multiplication and an addition for each parameter (Kaplan et al. 2020,
+        https://arxiv.org/abs/2001.08361, section 2.1), and the two products of attention.
+        """
+        return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None
     ) -> tuple[Tensor, Tensor | None]:

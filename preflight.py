@@ -234,9 +234,7 @@ def bill(trainer) -> str:
     first = time_step(trainer, 1)  # the forward passes after the first cost the same, and the optimizer nothing more
     step_seconds = first + (n_micros - 1) * (time_step(trainer, 2) - first if n_micros > 1 else 0.0)
     n, tokens = trainer.model.num_params(), c.max_iters * trainer.tokens_per_step
-    # 6 N per token: a multiply and an add for each weight, once forwards and twice backwards
-    # (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section 2.1), and the products of attention.
-    flops = 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+    flops = trainer.model.flops_per_token(c.block_size)
     weights = tensor_bytes(trainer.model.state_dict())
     moments = tensor_bytes([o.state_dict() for o in trainer.optimizers])
     free = free_bytes(trainer.out_dir)
