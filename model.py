@@ -276,12 +276,26 @@ def sample_token(
     """Draw one token for each row of the logits (B, V), float32. Returns ids (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
+    ids, probs = candidates(logits, temperature, top_k, top_p)
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+
+
+def candidates(
+    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `sample_token` draws from: ids (B, K) and their weights (B, K), with K = `top_k` or else V.
+
+    They come likeliest first if there is a choice to be made; sorting a large vocabulary takes a
+    tenth of the time of a token. What `top_p` leaves out has the weight 0.
+    """
+    V = logits.size(-1)
+    if top_k is None and top_p is None:
+        ids = torch.arange(V, device=logits.device).expand_as(logits)
+    else:
+        logits, ids = logits.topk(min(top_k or V, V), dim=-1)
     logits = logits - logits.max(dim=-1, keepdim=True).values  # so that no temperature makes one infinite
-    logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        logits[:, top_k:] = -math.inf
-    probs = logits.softmax(dim=-1)
+    probs = (logits / temperature).softmax(dim=-1)
     if top_p is not None:
         # A token stays if those before it have not reached top_p yet; so the first always does.
         probs[probs.cumsum(dim=-1) - probs >= top_p] = 0
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+    return ids, probs

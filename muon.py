@@ -33,6 +33,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95) -> None:
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype
+        self.found_inf: Tensor | None = None  # 1: step() leaves the weights alone; as torch's fused optimizers have it
 
     @torch.no_grad()
     def step(self) -> None:
@@ -50,5 +51,6 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(torch.stack([wide for _, wide in batch]).to(self.dtype))
                 for (p, _), update in zip(batch, updates, strict=True):
                     rows, columns = p.size()
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(update if rows <= columns else update.mT, alpha=-lr * math.sqrt(max(1, rows / columns)))
+                    new = p * (1 - lr * group["weight_decay"])
+                    new.add_(update if rows <= columns else update.mT, alpha=-lr * math.sqrt(max(1, rows / columns)))
+                    p.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, p, new))

@@ -262,7 +262,7 @@ def time_step(trainer, n_micros: int) -> float:
     micros = trainer.micros
     try:
         trainer.micros = micros[:n_micros]
-        return median_seconds(lambda: trainer.train_step(0, lr=0.0), most=20)
+        return median_seconds(lambda: trainer.read(trainer.train_step(0, lr=0.0)), most=20)
     finally:
         trainer.micros = micros
 

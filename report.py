@@ -88,7 +88,6 @@ class Log:
 
     def update(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
         """The update number `step` is done; every `log_interval`-th is logged."""
-        self.bar.update()
         if step % self.config.log_interval:
             return
         now = time.perf_counter()

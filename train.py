@@ -186,6 +186,12 @@ class Processes:
             meeting = {"store": store, "rank": self.rank, "world_size": self.count}
         dist.init_process_group(backend, **meeting)
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Figures on the device, averaged over all processes, without waiting for them."""
+        if self.distributed:
+            dist.all_reduce(values)
+        return values / self.count
+
     def sum(self, value: float) -> float:
         """`value` summed over all processes."""
         if not self.distributed:
@@ -305,7 +311,9 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.start_step, self.evaluated_step, self.best_val_loss = 0, -1, math.inf
-        self.grad_norms: deque[float] = deque(maxlen=5)  # the last ones, to show if a step goes wrong
+        self.failed_step = torch.tensor(-1, device=self.device)  # the first whose loss or gradient was not finite
+        # Step, learning rate, loss and length of the gradient of the last steps, to tell if one goes wrong.
+        self.recent: deque[tuple] = deque(maxlen=config.log_interval + 5)
         if self.resumed:
             self.load_state(path, model, checkpoint)
         elif model:
@@ -366,8 +374,14 @@ class Trainer:
             return x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device), y.to(self.device)
 
-    def train_step(self, step: int, lr: float) -> tuple[float, float]:
-        """One update of the weights. Returns the loss before it and the length of the gradient."""
+    def train_step(self, step: int, lr: float, stop: int = 0) -> Tensor:
+        """One update of the weights. Returns, on the device: the loss before it, the length of the gradient, and
+        whether any process has a `stop`, (3,).
+
+        Nothing here waits for a GPU, which still works on one step while the next is prepared. So it is the GPU that
+        notices a loss or gradient that is not finite, and leaves the weights as they are from that step on; `read`
+        finds out. (Only float16 waits: its scaler does.)
+        """
         c, processes = self.config, self.processes
         for group in (group for o in self.optimizers for group in o.param_groups):
             group["lr"] = group["initial_lr"] * lr / c.learning_rate
@@ -381,30 +395,40 @@ class Trainer:
                 loss = self.step_model(x, y)[1] / len(self.micros)
             self.scaler.scale(loss).backward()
             mean_loss += loss.detach()
-        loss = processes.sum(mean_loss.item()) / processes.count
+        loss, stop = processes.mean(torch.stack((mean_loss, torch.full_like(mean_loss, stop))))
         for o in self.optimizers:
             self.scaler.unscale_(o)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            if c.grad_clip:
-                nn.utils.clip_grads_with_norm_(self.model.parameters(), c.grad_clip, torch.tensor(grad_norm))
-            for o in self.optimizers:
-                self.scaler.step(o)
-        elif not math.isfinite(loss) or not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
-            raise self.not_finite(step, lr, loss, grad_norm)
-        # else the scaler of float16 has tried a scale that is too large: it lowers it, and the step is left out
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        if c.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), c.grad_clip, grad_norm)
+        finite = loss.isfinite()
+        if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
+            finite &= grad_norm.isfinite()
+        # else float16's scaler may have tried a scale that is too large: it lowers it, and leaves this one step out
+        self.failed_step = torch.where((self.failed_step < 0) & ~finite, step, self.failed_step)
+        for o in self.optimizers:
+            o.found_inf = (self.failed_step >= 0).float()  # 1: a fused optimizer of torch, or Muon, changes nothing
+            self.scaler.step(o)
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
-        self.grad_norms.append(grad_norm)
-        return loss, grad_norm
+        self.recent.append((step, lr, loss, grad_norm))
+        return torch.stack((loss, grad_norm, stop))
+
+    def read(self, figures: Tensor) -> tuple[float, float, bool]:
+        """What train_step returned, as numbers. Raises UserError where a loss or gradient has not been finite."""
+        loss, grad_norm, stop = figures.tolist()
+        if self.failed_step >= 0:
+            raise self.not_finite(int(self.failed_step))
+        return loss, grad_norm, stop > 0
 
     def seed_dropout(self, step: int, micro: int) -> None:
         """What is dropped is, like the batch itself, a function of the seed, the step and its part."""
         if self.config.dropout > 0:
             torch.manual_seed(int(np.random.SeedSequence((self.config.seed, step, micro)).generate_state(1)[0]))
 
-    def not_finite(self, step: int, lr: float, loss: float, grad_norm: float) -> Exception:
-        """The error that ends a run whose loss or gradient is not finite, with its cause."""
+    def not_finite(self, step: int) -> Exception:
+        """The error that ends a run whose loss or gradient was not finite in step `step`, with its cause."""
+        lr, loss, grad_norm = next(figures for at, *figures in self.recent if at == step)
         reason = ""
         self.model.zero_grad(set_to_none=True)
         for micro in self.micros:
@@ -416,7 +440,7 @@ class Trainer:
         reasons = [reason for reason in self.processes.gather(reason) if reason]
         if not self.processes.is_first:
             return SystemExit(1)
-        before = ", ".join(f"{norm:.3g}" for norm in self.grad_norms) or "none"
+        before = ", ".join(f"{norm:.3g}" for at, _, _, norm in list(self.recent) if step - 5 <= at < step) or "none"
         return UserError(
             f"step {step}: the loss is {loss:.4g}, the norm of the gradient {grad_norm:.4g}, at learning rate {lr:.3g} "
             f"and after norms of {before}; {(reasons or ['a repetition is finite: --compile=False may help'])[0]}; "
@@ -610,15 +634,26 @@ def train(trainer: Trainer) -> None:
             if last:
                 break
             lr = learning_rate(step, config)
-            loss, grad_norm = trainer.train_step(step, lr)
+            figures = trainer.train_step(step, lr, stop.number)
+            log.bar.update()
+            if not look_is_due(trainer, step + 1, stop):
+                continue
+            loss, grad_norm, stopped = trainer.read(figures)
+            stopped = stopped or (stop.number and not processes.distributed)  # several obey in the same step
             log.update(step + 1, loss, grad_norm, lr)
-            stopped = processes.sum(stop.number)
             if processes.is_first and (stopped or trainer.save_is_due()):
                 trainer.save_state(step + 1)
             if stopped:
                 log.say(f"stopped after step {step + 1:,}, all of it saved; go on with --init_from=resume")
                 processes.wait()
                 sys.exit(128 + (stop.number or signal.SIGTERM))
+
+
+def look_is_due(trainer: Trainer, step: int, stop: StopSignal) -> bool:
+    """Whether to read the figures of the last step. That is free on a CPU; on a GPU it means to wait for the step."""
+    c, told = trainer.config, stop.number > 0 and not trainer.processes.distributed
+    ends = step % c.log_interval == 0 or step % c.eval_interval == 0 or step == c.max_iters
+    return trainer.device.type == "cpu" or ends or told
 
 
 def evaluate_and_save(trainer: Trainer, log: report.Log, step: int, last: bool) -> bool:

@@ -81,7 +81,7 @@ def slow(trainer, step, lr):
     if step == 5:
         print("waiting", flush=True)
         time.sleep(30)
-    return taken(trainer, step, lr)
+    return taken(trainer, step, *args)
 train.Trainer.train_step = slow
 train.main(train.configure(train.TrainConfig, {args!r}))
 """
@@ -193,11 +193,11 @@ def test_two_machines_are_one(tiny_run):
 def poisoned(tiny_run, monkeypatch, poison, at_step: int = 8, **changed) -> str:
     taken = train.Trainer.train_step
 
-    def train_step(trainer, step, lr):
+    def train_step(trainer, step, *args):
         if step == at_step:
             with torch.no_grad():
                 poison(trainer)
-        return taken(trainer, step, lr)
+        return taken(trainer, step, *args)
 
     monkeypatch.setattr(train.Trainer, "train_step", train_step)
     with pytest.raises(UserError) as error:
@@ -270,16 +270,16 @@ def test_steps_that_the_float16_scaler_leaves_out_are_no_errors(tiny_run, monkey
     norms = []
     taken = train.Trainer.train_step
 
-    def train_step(trainer, step, lr):
+    def train_step(trainer, step, *args):
         if step == 3:
             trainer.scaler.update(new_scale=2.0**40)
-        loss, norm = taken(trainer, step, lr)
-        norms.append(norm)
-        return loss, norm
+        figures = taken(trainer, step, *args)
+        norms.append(figures[1])
+        return figures
 
     monkeypatch.setattr(train.Trainer, "train_step", train_step)
     out_dir = tiny_run(dtype="float16")
-    assert not all(map(torch.isfinite, map(torch.tensor, norms)))
+    assert not all(map(torch.isfinite, norms))
     assert all(p.isfinite().all() for p in weights(str(out_dir)).values())
 
 
@@ -469,8 +469,8 @@ def test_a_run_that_reached_its_target_is_over_when_started_again(tiny_run):
 def test_weights_that_are_not_finite_are_not_saved(tiny_run, monkeypatch):
     taken = train.Trainer.train_step
 
-    def train_step(trainer, step, lr):
-        result = taken(trainer, step, lr)
+    def train_step(trainer, step, *args):
+        result = taken(trainer, step, *args)
         if step == 8:
             with torch.no_grad():
                 trainer.model.transformer.wpe.weight[3, 3] = float("inf")

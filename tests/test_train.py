@@ -78,10 +78,10 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_run, monkeypat
     whole = tiny_run(out_dir="out/whole", sample_interval=6, sample_start="1", **changed)
     taken = train.Trainer.train_step
 
-    def stop_after_steps(trainer, step, lr):
+    def stop_after_steps(trainer, step, *args):
         if step in (4, 5, 9):  # 6 steps done: an evaluation is due, and was not yet made
             os.kill(os.getpid(), signal.SIGTERM)
-        return taken(trainer, step, lr)
+        return taken(trainer, step, *args)
 
     monkeypatch.setattr(train.Trainer, "train_step", stop_after_steps)
     for init_from in ("scratch", "resume", "resume"):
@@ -333,17 +333,35 @@ def test_accumulation_that_can_not_be_divided_says_what_to_set(tiny_run, monkeyp
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_run, monkeypatch):
     taken = train.Trainer.train_step
 
-    def poison_step_8(trainer, step, lr):
+    def poison_step_8(trainer, step, *args):
         if step == 8:
             with torch.no_grad():
                 trainer.model.transformer.wpe.weight[3, 3] = float("inf")
-        return taken(trainer, step, lr)
+        return taken(trainer, step, *args)
 
     monkeypatch.setattr(train.Trainer, "train_step", poison_step_8)
     with pytest.raises(UserError, match=r"step 8: the loss is nan, .* learning rate 0\.00"):
         tiny_run()
     kept = load_checkpoint(Path("out/tiny/ckpt.pt"))[1]
     assert kept["step"] == 6 and all(p.isfinite().all() for p in kept["model"].values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_loss_that_is_not_finite_is_named_however_late_it_is_read_and_changes_no_weight(tiny_run, optimizer):
+    """On a GPU the figures of a step are read at the next line of the log."""
+    config = read_options(train.TrainConfig, options(tiny_run, optimizer=optimizer))
+    trainer = train.Trainer(config, train.Processes(config))
+    for step in range(6):
+        before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+        if step == 3:
+            trainer.model.transformer.wpe.weight.data[3, 3] = math.inf
+            before["transformer.wpe.weight"][3, 3] = math.inf
+        figures = trainer.train_step(step, lr=0.01)
+        after = dict(trainer.model.named_parameters())
+        moved = [name for name, p in before.items() if not torch.equal(p, after[name])]
+        assert moved == (list(before) if step < 3 else [])
+    with pytest.raises(UserError, match=r"step 3: the loss is nan, .* after norms of [\d.e, -]+; "):
+        trainer.read(figures)
 
 
 @pytest.mark.parametrize(
