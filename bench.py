@@ -217,6 +217,7 @@ def trainer_in(way: Way, config: BenchConfig) -> Trainer:
 def time_way(way: Way, config: BenchConfig) -> float:
     """Seconds of a step that has its batch already."""
     trainer = trainer_in(way, config)
+    trainer.prepare()
     batches = {micro: trainer.micro_batch(0, micro) for micro in trainer.micros}
     trainer.micro_batch = lambda step, micro: batches[micro]
     return median_seconds(lambda: trainer.train_step(0, config.learning_rate), trainer.device, config.seconds)
@@ -551,6 +552,12 @@ def make_trainer(config: BenchConfig, keep_memory: bool = True) -> Trainer:
         return Trainer(replace(config, dataset=folder), processes)
 
 
+def in_child(function: Callable, *args):
+    """What the function returns, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
 def alternate(config: BenchConfig, sides: dict[object, tuple]) -> dict[object, dict]:
     """Call each side's function in a process of its own, all of them in turn, `rounds` times.
 
@@ -559,8 +566,7 @@ def alternate(config: BenchConfig, sides: dict[object, tuple]) -> dict[object, d
     rounds: dict[object, list[dict]] = {name: [] for name in sides}
     for _ in range(config.rounds):
         for name, (function, *args) in tqdm(sides.items(), leave=False, disable=not sys.stderr.isatty()):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                result = pool.submit(function, *args).result()
+            result = in_child(function, *args)
             rounds[name].append(result if isinstance(result, dict) else {"seconds": result})
     results = {}
     for name, measured in rounds.items():

@@ -212,7 +212,9 @@ class GPT(nn.Module):
             return logits, None
         # In float32 whatever the dtype of the products: a sum of V exponentials needs the digits.
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        # Detached: whoever gives targets wants the gradient of this loss, and torch.compile would
+        # else pass on another one, of zeros, as large as the logits.
+        return logits.detach(), loss
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter in exactly one of three groups.
