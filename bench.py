@@ -274,7 +274,10 @@ def time_ours(config: BenchConfig) -> dict:
     """The seconds of a training step and of its parts, and the most memory it takes."""
     trainer = make_trainer(config)
     trainer.prepare()
-    step = lambda: trainer.train_step(0, config.learning_rate)  # noqa: E731
+
+    def step() -> None:
+        trainer.train_step(0, config.learning_rate)
+
     seconds = median_seconds(step, trainer.device, config.seconds)
     parts = dict.fromkeys(("data", "forward", "optimizer"), 0.0)
 
@@ -393,31 +396,37 @@ def throughput(config: BenchConfig) -> None:
 def time_generation(side: str, dtype: str, batch_size: int, config: BenchConfig) -> dict:
     """Seconds to write `new_tokens` tokens behind a prompt of one."""
     device, torch_dtype = runtime.resolve_device(config.device), runtime.DTYPES[dtype]
-    prompt = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
     vocab_size = config.vocab_size or 50257
     shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
     if side == "nanoGPT":
-        model = load_nanogpt(config, vocab_size).to(device, torch_dtype).eval()
-        write = lambda n: model.generate(prompt, n)  # noqa: E731
+        model = load_nanogpt(config, vocab_size)
     elif side == "transformers":
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        names = {"n_positions": config.block_size, "n_layer": config.n_layer, "n_head": config.n_head}
-        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=config.n_embd, **names))
-        theirs = theirs.to(device, torch_dtype).eval()
-        write = lambda n: theirs.generate(  # noqa: E731
-            prompt, min_new_tokens=n, max_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0
-        )
+        shape |= {"n_positions": shape.pop("block_size")}
+        shape.pop("bias")
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **shape))
     else:
         model = gpt.GPT(gpt.GPTConfig(vocab_size=vocab_size, tie_weights=config.tie_weights, **shape))
-        model = model.to(device, torch_dtype).eval()
-        if side == "ours":
-            write = lambda n: list(model.generate(prompt, n))  # noqa: E731
+    model = model.to(device, torch_dtype).eval()
+    prompt = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def write(n: int) -> None:
+        if side == "transformers":
+            settings = {"do_sample": True, "top_k": 0, "pad_token_id": 0}
+            model.generate(prompt, min_new_tokens=n, max_new_tokens=n, **settings)
+        elif side == "nanoGPT":
+            model.generate(prompt, n)
+        elif side == "ours":
+            list(model.generate(prompt, n))
         else:
-            write = lambda n: write_without_cache(model, prompt, n)  # noqa: E731
-    with torch.no_grad():
-        write(8)
-        return {"seconds": median_seconds(lambda: write(config.new_tokens), device, most=0.0, least=1, warm=True)}
+            write_without_cache(model, prompt, n)
+
+    write(8)
+    started = now(device)
+    write(config.new_tokens)
+    return {"seconds": now(device) - started}
 
 
 def write_without_cache(model: gpt.GPT, idx: Tensor, n: int) -> None:
@@ -524,10 +533,9 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def median_seconds(function: Callable, device: torch.device, most: float, least: int = 3, warm: bool = False) -> float:
+def median_seconds(function: Callable, device: torch.device, most: float, least: int = 3) -> float:
     """The median time of a call: of `least` or more, until `most` seconds are over, after one that does not count."""
-    if not warm:
-        function()
+    function()
     seconds = []
     while len(seconds) < least or sum(seconds) < most:
         started = now(device)
@@ -549,7 +557,7 @@ def make_trainer(config: BenchConfig, keep_memory: bool = True) -> Trainer:
         rng, tok = np.random.default_rng(0), CharTokenizer("".join(chr(1 << 16 | i) for i in range(config.vocab_size)))
         train, val = (rng.integers(config.vocab_size, size=200_000).tolist() for _ in range(2))
         write_dataset(Path(folder), tok, train, val, len(val), {"prepared by": "bench.py"})
-        return Trainer(replace(config, dataset=folder), processes)
+        return Trainer(replace(config, dataset=folder, sample_interval=0), processes)
 
 
 def in_child(function: Callable, *args):
@@ -593,11 +601,8 @@ def machine(config: BenchConfig) -> dict:
 def processor() -> str:
     """The processor's name, as far as the system tells it."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.open(encoding="utf-8") if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -614,16 +619,16 @@ def show(config: BenchConfig, rows: list[dict]) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table with a column for every key."""
+    """A Markdown table with a column for every key; numbers to the right."""
     names = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [names, *([written(name, row.get(name, "")) for name in names] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    numeric = [all(not isinstance(row.get(name, 0), str) for row in rows) for name in names]
-    cells.insert(1, ["-" * (width - 1) + ":" if n else "-" * width for width, n in zip(widths, numeric, strict=True)])
-    pad = lambda cell, width, n: cell.rjust(width) if n else cell.ljust(width)  # noqa: E731
-    return "\n".join(
-        "| " + " | ".join(pad(c, w, n) for c, w, n in zip(row, widths, numeric, strict=True)) + " |" for row in cells
-    )
+    columns = []
+    for name in names:
+        cells = [written(name, row.get(name, "")) for row in rows]
+        width, is_text = max(map(len, (name, *cells))), any(isinstance(row.get(name), str) for row in rows)
+        rule = "-" * width if is_text else "-" * (width - 1) + ":"
+        pad = str.ljust if is_text else str.rjust
+        columns.append([pad(cell, width) for cell in (name, rule, *cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
 def written(name: str, value) -> str:
@@ -652,7 +657,7 @@ def draw(what: str, about: dict, rows: list[dict], path: Path) -> None:
             )
         axes.set_yticks(y, [r["rung"] for r in rows])
         axes.invert_yaxis()
-        axes.margins(x=0.16)
+        axes.margins(x=0.2)
         axes.set(xlabel="seconds a step", title="One training step, one change a rung")
         axes.legend(loc="lower right")
     elif what == "throughput":
@@ -672,7 +677,7 @@ def draw(what: str, about: dict, rows: list[dict], path: Path) -> None:
         for i, r in enumerate(rows):
             axes.annotate(f" {r['tokens_per_second']:,.3g}", (r["tokens_per_second"], i), va="center", fontsize=9)
         axes.invert_yaxis()
-        axes.margins(x=0.1)
+        axes.margins(x=0.12)
         axes.set(xlabel="tokens per second", title="Writing, and the bound that reading the weights sets (grey)")
     else:
         for axes, axis in zip(figure.subplots(2, 2).flat, ("context", "batch", "width", "processes"), strict=True):

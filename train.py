@@ -590,6 +590,8 @@ def main(config: TrainConfig) -> None:
     if processes.device.type == "cpu":
         runtime.repeatable()
         runtime.keep_freed_memory()
+    elif processes.device.type == "cuda":  # TF32 where float32 is multiplied: on an A100 8 times as fast (data sheet)
+        torch.set_float32_matmul_precision("high")
     try:
         trainer = Trainer(config, processes)
         if config.preflight:

@@ -1,5 +1,6 @@
 """bench.py compares like with like: every way computes the same losses, every loader makes the same batches."""
 
+import itertools
 import json
 import math
 import os
@@ -46,7 +47,7 @@ def test_every_way_to_compute_gives_the_losses_of_the_naive_one_over_20_steps(co
 
 def test_each_rung_changes_one_thing():
     rungs = [(load, *vars(way).values()) for _, load, way in bench.rungs()]
-    for before, after in zip(rungs, rungs[1:], strict=False):
+    for before, after in itertools.pairwise(rungs):
         assert sum(a is not b for a, b in zip(before, after, strict=True)) == 1
 
 
@@ -168,5 +169,5 @@ def test_a_mistake_is_named(changed, words):
 
 
 def test_a_folder_without_nanogpt_is_named(config):
-    with pytest.raises(UserError, match="model.py: no such file; nanogpt is the folder of a copy of nanoGPT"):
+    with pytest.raises(UserError, match=r"model\.py: no such file; nanogpt is the folder of a copy of nanoGPT"):
         bench.main(replace(config, show="throughput", vocab_size=20, nanogpt="nowhere"))
