@@ -268,6 +268,15 @@ def sample_token(
     """Draw one token for each row of the logits (B, V), float32. Returns ids (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
+    ids, probs = candidates(logits, temperature, top_k, top_p)
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+
+
+def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+    """What `sample_token` draws from: ids (B, V), the likeliest first, and their weights (B, V).
+
+    The weights are probabilities, but that those of a row add up to at most 1: what top_p leaves out is 0.
+    """
     logits = logits - logits.max(dim=-1, keepdim=True).values  # so that no temperature makes one infinite
     logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
@@ -276,4 +285,4 @@ def sample_token(
     if top_p is not None:
         # A token stays if those before it have not reached top_p yet; so the first always does.
         probs[probs.cumsum(dim=-1) - probs >= top_p] = 0
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+    return ids, probs
