@@ -563,7 +563,7 @@ class Page:
                     temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: the likeliest", **wide)
                     top_k = gr.Slider(0, 100, 0, step=1, label="Top-k", info="0: all tokens", **wide)
                     top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: all tokens", **wide)
-                    length = gr.Slider(1, 500, 200, step=1, label="Tokens", info="to write", **wide)
+                    length = gr.Slider(1, 500, 300, step=1, label="Tokens", info="to write", **wide)
                     seed = gr.Number(1337, label="Seed", info="repeats a text", precision=0, minimum=0, min_width=120)
 
             with gr.Tab("Attention") as attention_tab:
@@ -639,6 +639,7 @@ def launch(blocks: gr.Blocks, port: int, **options) -> str:
     """Serve the page on this machine alone; returns its address."""
     # Named fonts would be Google's; names of the system's own are fetched from nowhere.
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme.set(block_info_text_color="*neutral_500")
     return blocks.launch(
         server_name="127.0.0.1",
         server_port=port,

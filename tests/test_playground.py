@@ -31,10 +31,19 @@ DRAWS = [(0.8, None, None), (1.3, 5, None), (0.7, None, 0.6), (1.0, 12, 0.8), (1
 CONTROLS = ("3 times", 0.8, 0, 1, 40, 1337)  # prompt, temperature, top-k, top-p, tokens, seed
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("trained") / "tiny"
+
+
 @pytest.fixture
-def page(tiny_run) -> Page:
-    """That of one tiny run; its context is 16 tokens."""
-    return Page(Checkpoints([str(tiny_run())]))
+def page(tiny_run, trained) -> Page:
+    """That of one tiny run, which is trained once and copied; its context is 16 tokens."""
+    if trained.exists():
+        shutil.copytree(trained, "out/tiny")
+    else:
+        shutil.copytree(tiny_run(), trained)
+    return Page(Checkpoints(["out/tiny"]))
 
 
 def last(answers):
@@ -310,7 +319,6 @@ def test_a_checkpoint_is_read_once_and_again_when_training_has_replaced_it(page,
 
 
 def test_cards_have_step_and_loss_and_do_not_repeat_a_text(page):
-    load_checkpoint(Path("out/tiny/ckpt.pt"))
     shutil.copytree("out/tiny", "out/copy")
     cards = last(page.on_compare({}, ["out/tiny/ckpt.pt", "out/copy/ckpt.pt", "out/none/ckpt.pt"], *CONTROLS))
     first, second, third = cards.split("</article>")[:3]
