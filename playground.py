@@ -103,9 +103,7 @@ class Checkpoints:
     def load(self, path: str | None) -> Loaded:
         """The checkpoint as it is on the disk now. Raises UserError."""
         if not path:
-            raise UserError(
-                f"no checkpoint yet in {', '.join(map(str, self.out_dirs))}; train first, it is offered then"
-            )
+            raise UserError(f"no checkpoint yet in {', '.join(map(str, self.out_dirs))}; train one, it is then offered")
         path = Path(path)
         with self.lock:
             version = file_version(path)
@@ -128,8 +126,10 @@ def describe(loaded: Loaded) -> str:
     if not evaluations:
         return f"step {loaded.step:,}, no validation loss in its log"
     last = evaluations[-1]
-    at = "" if last["step"] == loaded.step else f" at step {last['step']:,}"
-    return f"step {loaded.step:,}, epoch {last['epoch']:.3g}, validation loss {last['val_loss']:.3f}{at}"
+    loss = f"validation loss {last['val_loss']:.3f}"
+    if last["step"] < loaded.step:
+        return f"step {loaded.step:,}, {loss} at step {last['step']:,}"
+    return f"step {loaded.step:,}, epoch {last['epoch']:.3g}, {loss}"
 
 
 def same_weights(a: gpt.GPT, b: gpt.GPT) -> bool:
@@ -319,7 +319,7 @@ def heat_map(weights: Tensor, labels: list[str], masked: bool) -> str:
     end = margin + T * size
     words = f'<text class="axis" x="{end - 6}" y="{margin + 20}" text-anchor="end">the future, masked</text>'
     return (
-        f'<svg viewBox="0 0 {side} {side}" style="min-width:{round(0.6 * side)}px" role="img" '
+        f'<svg viewBox="0 0 {side} {side}" style="min-width:{round(0.75 * side)}px" role="img" '
         f'aria-label="attention {"with" if masked else "without"} the mask">'
         f'{hidden}{"".join(cells)}<path class="stairs" d="{triangle}"/>{"".join(names)}{words if masked else ""}'
         f'<text class="axis" x="{margin}" y="11">looked at (keys) →</text>'

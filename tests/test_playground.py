@@ -303,7 +303,9 @@ def test_what_is_chosen_stays_chosen_while_its_run_is_replaced(page, tiny_run):
     known = page.checkpoints.found()
     shutil.rmtree("out/tiny")
     path, compared, *_ = page.on_tick("out/tiny/ckpt.pt", known, known)
-    assert path.value == "out/tiny/ckpt.pt" and compared.value == ["out/other/ckpt.pt", "out/other/best.pt"]
+    others = ["out/other/ckpt.pt", "out/other/best.pt"]
+    assert path.value == "out/tiny/ckpt.pt" and [name for name, _ in path.choices] == ["out/tiny/ckpt.pt", *others]
+    assert compared.value == others
     assert "out/tiny/ckpt.pt: no such checkpoint" in last(page.on_write({}, path.value, *CONTROLS))[0]
 
 

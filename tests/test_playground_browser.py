@@ -152,15 +152,19 @@ def try_write(page, expect) -> None:
     expect(token).to_have_count(20)
 
 
+def choose_head(page, head: int) -> None:
+    before = page.locator("#maps svg").first.inner_html()
+    page.locator("#head").get_by_label(str(head)).check()
+    page.wait_for_function("before => document.querySelector('#maps svg').innerHTML != before", arg=before)
+
+
 def try_attention(page, expect) -> None:
     maps, verdict = page.locator("#maps svg"), page.locator("#verdict")
     expect(maps).to_have_count(2)
     expect(verdict).to_contain_text("the first 24 of 29 tokens")
     cells = [[svg.locator(name).count() for name in (".past", ".future")] for svg in maps.all()]
     assert cells == [[24 * 25 / 2, 0], [24 * 25 / 2, 24 * 23 / 2]]
-    before = maps.first.inner_html()
-    page.locator("#head").get_by_label("4").check()
-    page.wait_for_function("before => document.querySelector('#maps svg').innerHTML != before", arg=before)
+    choose_head(page, 4)
     page.locator("#over").get_by_label("prompt", exact=True).check()
     expect(verdict).to_contain_text("The text is 9 tokens")
 
@@ -257,7 +261,7 @@ def draw() -> None:
         page.get_by_text("Token 13, ").wait_for()
         page.screenshot(path="assets/playground_write.png")
         page.get_by_role("tab", name="Attention").click()
-        page.locator("#maps svg").nth(1).wait_for()
+        choose_head(page, 3)  # one that looks at the token before
         page.screenshot(path="assets/playground_attention.png", full_page=True)
 
 
