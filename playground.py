@@ -57,7 +57,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is i
 import gradio as gr
 import pandas as pd
 
-REFRESH = 2.0  # seconds after which the page looks for new checkpoints and new figures
+REFRESH = 1.0  # seconds after which the page looks for new checkpoints and new figures
 PAUSE = 0.1  # seconds between two versions of a text: a browser need not draw each of hundreds of tokens a second
 WITH_TEXT = "prompt and text"
 MODEL = threading.Lock()  # handlers run in threads, and one pass of a model is watched at a time
