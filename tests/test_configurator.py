@@ -154,7 +154,7 @@ def test_help_lists_each_option_with_default_and_comment(capsys):
     assert lines.index("first heading:") < lines.index("--name=a what it is called") < lines.index("second heading:")
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_shakespeare.py", "report.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_shakespeare.py", "report.py", "playground.py"])
 def test_help_and_mistakes_do_not_import_torch(script, tmp_path):
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')", encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
