@@ -383,12 +383,16 @@ def table(config: LessonsConfig) -> str:
         said, records = json.loads((out_dir / "said.json").read_bytes()), read_log(out_dir / "log.jsonl")
         failed = [line[5:].split(":")[0] for line in said["preflight"] if line.startswith("FAIL ")]
         warned = [line.split(",")[0] for line in said["preflight"] if line.startswith("warning: ")]
-        words = [f"FAIL {', '.join(failed)}"] * bool(failed) + warned + [textwrap.shorten(said["ended"], 60)]
+        words = (
+            [f"FAIL {'; '.join(failed)}"] * bool(failed)
+            + warned
+            + [textwrap.shorten(said["ended"], 70, placeholder=" ...")]
+        )
         speeds = [r["tokens_per_second"] for r in records if "loss" in r]
         end = records[-1] if not said["ended"] else {}
         figures = [f"{end[key]:.4f}" if end else "" for key in ("train_loss", "val_loss")]
         figures.append(f"{np.median(speeds):,.0f}" if speeds else "")
-        lines.append(f"| {' | '.join([mistake.name, *figures, '; '.join(filter(None, words))])} |")
+        lines.append(f"| {' | '.join([mistake.name, *figures, ' / '.join(filter(None, words))])} |")
     return "\n".join(lines)
 
 
