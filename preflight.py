@@ -163,6 +163,9 @@ def data_overlap(trainer) -> Result:
 
     (That all ids are within the vocabulary is checked whenever a data set is opened.)
     """
+    for tokens in (trainer.data.train, trainer.data.val):
+        if len(tokens.open()) != len(tokens):
+            return False, f"{tokens.path.name} has {len(tokens):,} ids, and {len(tokens.open()):,} are read from it"
     length, most = 64, 1 << 25  # 33 million tokens take seconds
     train, val = trainer.data.train.open()[:most], trainer.data.val.open()[:most]
     if len(val) < length:
