@@ -432,7 +432,7 @@ def time_generation(side: str, dtype: str, batch_size: int, config: BenchConfig)
 def write_without_cache(model: gpt.GPT, idx: Tensor, n: int) -> None:
     """As nanoGPT does it: all tokens so far through the model for each new one."""
     for _ in range(n):
-        logits = model(idx[:, -model.config.block_size :])[0][:, -1]
+        logits = model(idx, caches=[gpt.KVCache(model.config.block_size) for _ in model.transformer.h])[0][:, -1]
         idx = torch.cat((idx, gpt.sample_token(logits.float())), dim=1)
 
 

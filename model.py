@@ -197,7 +197,8 @@ class GPT(nn.Module):
         """Token ids (B, T), int64, to logits (B, T, V) and, with `targets` (B, T), the mean loss.
 
         The loss is the cross-entropy in nats per token; a target of -1 is left out of it. With
-        `caches`, one per layer, idx holds only the tokens that come after the cached ones.
+        `caches`, one per layer, idx holds only the tokens that come after the cached ones, and
+        the logits, (B, 1, V), are those of the last.
         """
         T = idx.size(1)
         past = caches[0].length if caches else 0
@@ -207,6 +208,8 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             x = block(x, caches[i] if caches else None)
+        if caches:
+            x = x[:, -1:]  # what comes after the others is known
         logits = self.lm_head(self.transformer.ln_f(x))[..., : self.config.vocab_size]  # (B, T, V)
         if targets is None:
             return logits, None
