@@ -178,9 +178,9 @@ def rungs() -> list[tuple[str, Callable, Way]]:
     )
     changes = (
         ("all heads in one product", {"attention": plain_attention}),
-        ("GELU in one kernel", {"gelu": gpt.gelu}),
+        ("GELU in one kernel", {"gelu": Way.gelu}),
         ("bfloat16 in place of float32", {"dtype": "auto"}),
-        ("the fast attention of model.py", {"attention": gpt.attention}),
+        ("the fast attention of model.py", {"attention": Way.attention}),
         ("freed memory kept for the next step", {"keep_memory": True}),
         ("AdamW in one kernel", {"fused": True}),
         ("torch.compile", {"compile": True}),

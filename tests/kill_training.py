@@ -59,7 +59,9 @@ def main(config: KillConfig) -> None:
         Path("tiny.txt").write_text(TEXT, encoding="utf-8")
         prepare_shakespeare.main(prepare_shakespeare.PrepareConfig(input="tiny.txt", dataset="tiny"))
         options = dict(dataset="tiny", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, dropout=0.1)
-        options |= dict(gradient_accumulation_steps=2, max_iters=50 * config.kills, eval_interval=30, eval_iters=2)
+        options |= dict(
+            gradient_accumulation_steps=2, max_iters=max(400, 50 * config.kills), eval_interval=30, eval_iters=2
+        )
         options |= dict(checkpoint_interval=0.01, learning_rate=1e-2, compile=False, init_from="auto", optimizer="muon")
         started = time.perf_counter()
         assert attempt(train.TrainConfig(out_dir="out/whole", **options), None)

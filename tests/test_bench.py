@@ -119,7 +119,7 @@ def test_generation_is_told_against_the_reading_of_the_weights(config, capsys):
 
 
 def test_growth_has_every_axis_and_the_arithmetic_of_the_model(config, capsys):
-    rows = shown(replace(config, show="growth", n_embd=128, n_head=2), capsys)
+    rows = shown(replace(config, show="growth", n_embd=128, n_head=2, vocab_size=20), capsys)
     values = {axis: [r["value"] for r in rows if r["axis"] == axis] for axis in ("context", "batch", "width")}
     assert values == {"context": [64, 128, 256, 512, 1024], "batch": [4, 8, 16, 32, 64], "width": [64, 128, 256, 512]}
     assert [r["value"] for r in rows if r["axis"] == "processes"] == [1, 2]

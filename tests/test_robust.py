@@ -77,7 +77,7 @@ def test_a_second_interrupt_stops_at_once(tiny_run):
     code = f"""
 import sys, time, train
 taken = train.Trainer.train_step
-def slow(trainer, step, lr):
+def slow(trainer, step, *args):
     if step == 5:
         print("waiting", flush=True)
         time.sleep(30)
