@@ -476,6 +476,9 @@ def generate(config: BenchConfig) -> None:
 # Growth ---------------------------------------------------------------------------------------------
 
 
+CONTEXTS, BATCHES, WIDTHS = (64, 128, 256, 512, 1024), (4, 8, 16, 32, 64), (64, 128, 256, 512)
+
+
 def time_process(config: BenchConfig, rank: int, count: int, port: int) -> dict:
     """A step of one of `count` processes that share the machine's cores."""
     if count > 1:
@@ -505,10 +508,9 @@ def growth(config: BenchConfig) -> None:
     tokens = config.batch_size * config.block_size
     config = replace(config, compile=config.compile is True, gradient_accumulation_steps=1)
     heads = config.n_embd // config.n_head  # a wider model has more of them, as GPT-2's family does
-    contexts = (64, 128, 256, 512, 1024)
-    settings = [("context", T, replace(config, block_size=T, batch_size=max(1, tokens // T))) for T in contexts]
-    settings += [("batch", B, replace(config, batch_size=B)) for B in (4, 8, 16, 32, 64)]
-    settings += [("width", C, replace(config, n_embd=C, n_head=C // heads)) for C in (64, 128, 256, 512) if heads <= C]
+    settings = [("context", T, replace(config, block_size=T, batch_size=max(1, tokens // T))) for T in CONTEXTS]
+    settings += [("batch", B, replace(config, batch_size=B)) for B in BATCHES]
+    settings += [("width", C, replace(config, n_embd=C, n_head=C // heads)) for C in WIDTHS if heads <= C]
     sides = {(axis, value): (time_processes, c, 1) for axis, value, c in settings}
     for count in (1, 2):
         c = replace(config, gradient_accumulation_steps=count, batch_size=config.batch_size // count)
