@@ -496,6 +496,8 @@ def time_process(config: BenchConfig, rank: int, count: int, port: int) -> dict:
 
 
 def time_processes(config: BenchConfig, count: int) -> dict:
+    if count == 1:
+        return time_process(config, 0, 1, 0)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

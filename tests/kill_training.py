@@ -68,9 +68,8 @@ def main(config: KillConfig) -> None:
         seconds = time.perf_counter() - started
         in_save, steps = 0, []
         for _ in range(config.kills):
-            ended = attempt(
-                train.TrainConfig(out_dir="out/killed", **options), random.uniform(0, 1.2 * seconds / config.kills)
-            )
+            moment = random.uniform(0, 0.5 + 1.2 * seconds / config.kills)  # the first step comes after half a second
+            ended = attempt(train.TrainConfig(out_dir="out/killed", **options), moment)
             assert not ended, "the run was over before it was killed so often; raise max_iters"
             in_save += any(Path("out/killed").glob("*.tmp"))
             if Path("out/killed/ckpt.pt").exists():
