@@ -34,8 +34,10 @@ class KillConfig:
     seed: int = 0  # of the moments
 
 
-def attempt(config: train.TrainConfig, seconds: float | None) -> bool:
-    """Run in a process of its own, killed after `seconds`. Returns whether the run came to its end."""
+def attempt(config: train.TrainConfig, seconds: float | None, in_training: bool = False) -> bool:
+    """Run in a process of its own, killed after `seconds`, in all or of training. Returns whether it ended."""
+    log = Path(config.out_dir) / "log.jsonl"  # which is written anew before the first step
+    before = log.stat().st_mtime_ns if log.exists() else None
     child = os.fork()
     if child == 0:
         try:
@@ -45,6 +47,8 @@ def attempt(config: train.TrainConfig, seconds: float | None) -> bool:
         finally:  # whatever happens, the folder is the parent's to remove
             os._exit(1)
     if seconds is not None:
+        while in_training and (log.stat().st_mtime_ns if log.exists() else None) == before:
+            time.sleep(0.005)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
@@ -67,9 +71,9 @@ def main(config: KillConfig) -> None:
         assert attempt(train.TrainConfig(out_dir="out/whole", **options), None)
         seconds = time.perf_counter() - started
         in_save, steps = 0, []
-        for _ in range(config.kills):
-            moment = random.uniform(0, 0.5 + 1.2 * seconds / config.kills)  # the first step comes after half a second
-            ended = attempt(train.TrainConfig(out_dir="out/killed", **options), moment)
+        for n in range(config.kills):
+            moment = random.uniform(0, 1.2 * seconds / config.kills)
+            ended = attempt(train.TrainConfig(out_dir="out/killed", **options), moment, in_training=n % 2 == 0)
             assert not ended, "the run was over before it was killed so often; raise max_iters"
             in_save += any(Path("out/killed").glob("*.tmp"))
             if Path("out/killed/ckpt.pt").exists():

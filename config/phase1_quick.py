@@ -1,0 +1,34 @@
+# Phase 1 in a quarter of a minute: a first look, and as good as nanoGPT's README gets on a CPU.
+#
+#     python prepare_shakespeare.py
+#     python train.py config/phase1_quick.py
+#
+# The model of phase 1 with half the context: a batch then holds more beginnings of sentences, from
+# which such a small model learns most at first.
+
+dataset = "shakespeare_char"
+out_dir = "out/phase1_quick"
+
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 64
+
+# 16 * 64 = 1,024 tokens a step, 0.4 epochs in all; compiling would take longer than these steps
+batch_size = 16
+gradient_accumulation_steps = 1
+max_iters = 420
+compile = False
+
+# Many small steps at high rates, which fall to zero by the end.
+optimizer = "muon"
+muon_lr = 0.04
+learning_rate = 8e-3
+warmup_iters = 20
+lr_schedule = "linear"
+min_lr = 0.0
+
+eval_interval = max_iters
+sample_interval = max_iters
+sample_start = "ROMEO:"
+log_interval = 42
