@@ -43,7 +43,7 @@ class TrainConfig:
     target_val_loss: float = 0.0  # stop when the validation loss is this low
     always_save_checkpoint: bool = True  # False: ckpt.pt is saved only when the validation loss has improved
     checkpoint_interval: float = 300.0  # seconds between further saves (longer if they cost over 1%); 0: none
-    log_interval: int = 10  # steps between lines of the log
+    log_interval: int = 10  # steps between lines of the log; a GPU is asked no oftener whether the loss is finite
     sample_interval: int = 0  # evaluations at multiples of it, and the first after step 0, have a sample; 0: none
     sample_start: str = "\n"  # their prompt
     sample_tokens: int = 300  # their length
