@@ -1,4 +1,4 @@
-# Phase 1 in a quarter of a minute: a first look, and as good as nanoGPT's README gets on a CPU.
+# Phase 1 in half a minute: a first look, and as good as nanoGPT's README gets on a CPU.
 #
 #     python prepare_shakespeare.py
 #     python train.py config/phase1_quick.py
