@@ -249,7 +249,7 @@ def ladder(config: BenchConfig) -> None:
     tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
     rows, before, first = [], None, None
     for name, load, way in ladder:
-        batch, compute = loading[load.__name__]["median"], computing[ways.index(way)]["median"]
+        batch, compute = loading[load.__name__]["seconds"], computing[ways.index(way)]["seconds"]
         step = batch + compute
         first, before = first or step, before or step
         rows.append(
@@ -305,7 +305,6 @@ def time_ours(config: BenchConfig) -> dict:
         "seconds": seconds,
         "gflops": flops / seconds / 1e9,
         "memory_gb": runtime.peak_memory(trainer.device) / 1e9,
-        "parameters": trainer.model.num_params(),
         **{f"{part}_share": share for part, share in shares.items()},
     }
 
@@ -464,11 +463,11 @@ def generate(config: BenchConfig) -> None:
     results = alternate(config, sides)
     rows = []
     for (side, dtype, batch_size), r in results.items():
-        bound = results["reading the weights", dtype, 1]["median"]
+        bound = results["reading the weights", dtype, 1]["seconds"]
         row = {"side": side, "dtype": dtype, "batch_size": batch_size}
-        row |= {"tokens_per_second": batch_size * config.new_tokens / r["median"], "of_bound": bound / r["median"]}
+        row |= {"tokens_per_second": batch_size * config.new_tokens / r["seconds"], "of_bound": bound / r["seconds"]}
         if "gb" in r:
-            row["gb_per_second"] = r["gb"] * config.new_tokens / r["median"]
+            row["gb_per_second"] = r["gb"] * config.new_tokens / r["seconds"]
         rows.append(row)
     show(config, rows)
 
@@ -521,7 +520,7 @@ def growth(config: BenchConfig) -> None:
     sizes = {(axis, value): c.batch_size * c.block_size for axis, value, c in settings}
     rows = []
     for (axis, value), r in results.items():
-        microseconds = 1e6 * r["median"] / sizes.get((axis, value), tokens)
+        microseconds = 1e6 * r["seconds"] / sizes.get((axis, value), tokens)
         row = {"axis": axis, "value": value, "us_per_token": microseconds, "mflop_per_token": r["flops"] / 1e6}
         rows.append(row | {"gflops": r["flops"] / microseconds / 1e3})
     show(config, rows)
@@ -573,7 +572,7 @@ def in_child(function: Callable, *args):
 def alternate(config: BenchConfig, sides: dict[object, tuple]) -> dict[object, dict]:
     """Call each side's function in a process of its own, all of them in turn, `rounds` times.
 
-    Returns for each the figures of its median round, with "median", its seconds, and "rounds", all of them.
+    Returns for each the figures of its median round, and as "rounds" those of all.
     """
     rounds: dict[object, list[dict]] = {name: [] for name in sides}
     for _ in range(config.rounds):
@@ -583,7 +582,7 @@ def alternate(config: BenchConfig, sides: dict[object, tuple]) -> dict[object, d
     results = {}
     for name, measured in rounds.items():
         middle = sorted(measured, key=lambda r: r["seconds"])[len(measured) // 2]
-        results[name] = middle | {"median": middle["seconds"], "rounds": measured}
+        results[name] = middle | {"rounds": measured}
     return results
 
 
