@@ -145,7 +145,11 @@ def check_value(name: str, value, annotation, where: str):
             return value
         if kind is float and type(value) is int and abs(value) < 1 << 1000:
             return float(value)
-        names.append({int: "an integer", float: "a number", str: "a string", bool: "True or False"}.get(kind, "None"))
+        names.append(
+            {int: "an integer", float: "a number", str: "a string", bool: "True or False"}.get(
+                kind, "None"
+            )
+        )
     raise UserError(f"{where}: {name} is {value!r} but must be {' or '.join(names)}")
 
 
@@ -158,14 +162,22 @@ def help_text(cls: type) -> str:
     ]
     defaults = {field.name: field.default for field in fields(cls)}
     name = None
-    source = "".join(dedent(getsource(c)) for c in reversed(cls.__mro__[:-1]))  # inherited options first
+    source = "".join(
+        dedent(getsource(c)) for c in reversed(cls.__mro__[:-1])
+    )  # inherited options first
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line, comment = token.line.strip(), token.string.lstrip("# ")
-        if token.type == tokenize.NAME and token.string in defaults and line.startswith(token.string + ":"):
+        if (
+            token.type == tokenize.NAME
+            and token.string in defaults
+            and line.startswith(token.string + ":")
+        ):
             name = token.string
         elif token.type == tokenize.COMMENT and line.startswith("#"):
             lines += ["", comment + ":"]
         elif token.type == tokenize.COMMENT and name in defaults:
             default = str(defaults.pop(name))
-            lines.append(f"  {f'--{name}={default if default.isprintable() else repr(default)}':38} {comment}")
+            lines.append(
+                f"  {f'--{name}={default if default.isprintable() else repr(default)}':38} {comment}"
+            )
     return "\n".join(lines)

@@ -26,7 +26,9 @@ class GPTConfig:
     """What defines the model's shape. The defaults are GPT-2 Small."""
 
     vocab_size: int = 50257
-    pad_vocab_to: int = 0  # rows of the embedding and the head, 0: vocab_size; a GPU likes multiples of 64
+    pad_vocab_to: int = (
+        0  # rows of the embedding and the head, 0: vocab_size; a GPU likes multiples of 64
+    )
     block_size: int = 1024  # the longest context, in tokens
     n_layer: int = 12
     n_head: int = 12
@@ -34,11 +36,15 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms
     tie_weights: bool = True  # one matrix embeds tokens and, transposed, gives the logits
-    gelu: Literal["tanh", "exact"] = "tanh"  # the form that GPT-2 was trained with; nanoGPT's models have the other
+    gelu: Literal["tanh", "exact"] = (
+        "tanh"  # the form that GPT-2 was trained with; nanoGPT's models have the other
+    )
 
     def __post_init__(self) -> None:
         assert self.n_embd % self.n_head == 0, "n_embd must be a multiple of n_head"
-        assert self.pad_vocab_to == 0 or self.pad_vocab_to >= self.vocab_size, "pad_vocab_to is below vocab_size"
+        assert self.pad_vocab_to == 0 or self.pad_vocab_to >= self.vocab_size, (
+            "pad_vocab_to is below vocab_size"
+        )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -92,7 +98,10 @@ class KVCache:
         if self.keys_values is None:
             self.keys_values = k.new_empty(2, B, nh, self.block_size, hs)
         start, self.length = self.length, self.length + T
-        self.keys_values[0, :, :, start : self.length], self.keys_values[1, :, :, start : self.length] = k, v
+        (
+            self.keys_values[0, :, :, start : self.length],
+            self.keys_values[1, :, :, start : self.length],
+        ) = k, v
         return self.keys_values[0, :, :, : self.length], self.keys_values[1, :, :, : self.length]
 
 
@@ -176,7 +185,9 @@ class GPT(nn.Module):
             elif name.endswith("c_proj.weight"):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
-                assert name.endswith(("wte.weight", "wpe.weight", "lm_head.weight", "c_attn.weight", "c_fc.weight"))
+                assert name.endswith(
+                    ("wte.weight", "wpe.weight", "lm_head.weight", "c_attn.weight", "c_fc.weight")
+                )
                 p.normal_(std=0.02)
 
     def num_params(self) -> int:
@@ -202,7 +213,9 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         past = caches[0].length if caches else 0
-        assert past + T <= self.config.block_size, f"{past + T} tokens in a context of {self.config.block_size}"
+        assert past + T <= self.config.block_size, (
+            f"{past + T} tokens in a context of {self.config.block_size}"
+        )
         positions = torch.arange(past, past + T, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
@@ -227,7 +240,13 @@ class GPT(nn.Module):
         """
         groups: dict[str, list[nn.Parameter]] = {"hidden": [], "embedding": [], "vector": []}
         for name, p in self.named_parameters():
-            group = "vector" if p.dim() < 2 else "hidden" if name.startswith("transformer.h.") else "embedding"
+            group = (
+                "vector"
+                if p.dim() < 2
+                else "hidden"
+                if name.startswith("transformer.h.")
+                else "embedding"
+            )
             groups[group].append(p)
         assert sum(map(len, groups.values())) == len(list(self.parameters()))
         return groups
@@ -298,7 +317,9 @@ def candidates(
         ids = torch.arange(V, device=logits.device).expand_as(logits)
     else:
         logits, ids = logits.topk(min(top_k or V, V), dim=-1)
-    logits = logits - logits.max(dim=-1, keepdim=True).values  # so that no temperature makes one infinite
+    logits = (
+        logits - logits.max(dim=-1, keepdim=True).values
+    )  # so that no temperature makes one infinite
     probs = (logits / temperature).softmax(dim=-1)
     if top_p is not None:
         # A token stays if those before it have not reached top_p yet; so the first always does.

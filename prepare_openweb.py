@@ -31,9 +31,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from configurator import UserError, configure, one_line, run
-from data import TOKEN, atomic_write, free_bytes, read_meta, write_meta
-from download import download, hub_url, remote_size
-from tokenizer import END_OF_TEXT, BPETokenizer, from_dict
+from support.data import TOKEN, read_meta, write_meta
+from support.download import download, hub_url, remote_size
+from support.files import atomic_write, free_bytes
+from support.tokenizer import END_OF_TEXT, BPETokenizer, from_dict
 
 # Revisions are pinned: what a name stands for on the hub has changed before.
 SOURCES = {  # name: folder on the hub, files in it, how many
@@ -59,7 +60,9 @@ class PrepareConfig:
     """Prepare web text, or texts of your own, for a model of byte pair encoded tokens."""
 
     # what to read
-    source: Literal["openwebtext", "fineweb-edu"] = "openwebtext"  # on the Hugging Face hub, or HF_ENDPOINT's mirror
+    source: Literal["openwebtext", "fineweb-edu"] = (
+        "openwebtext"  # on the Hugging Face hub, or HF_ENDPOINT's mirror
+    )
     input: str = ""  # files or folders of your own instead, with commas between: .parquet .jsonl .txt (.gz, .zst)
     column: str = "text"  # of a parquet or jsonl file
     size: str = ""  # stop after so much text, as 250MB or 12GB; 'all'; by default 250MB of a source, all of input
@@ -74,11 +77,15 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if not 257 <= self.vocab_size <= 1 << 16:
-            raise UserError(f"vocab_size is {self.vocab_size} but must be at least 257 and at most 65536 (uint16)")
+            raise UserError(
+                f"vocab_size is {self.vocab_size} but must be at least 257 and at most 65536 (uint16)"
+            )
         if not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction is {self.val_fraction} but must be between 0 and 1")
         if self.min_chars < 1 or self.num_threads < 0:
-            raise UserError(f"min_chars={self.min_chars}, num_threads={self.num_threads}: 1 and 0 are the least")
+            raise UserError(
+                f"min_chars={self.min_chars}, num_threads={self.num_threads}: 1 and 0 are the least"
+            )
         object.__setattr__(self, "size", self.size or ("all" if self.input else "250MB"))
         parse_size(self.size)
 
@@ -89,7 +96,9 @@ def parse_size(size: str) -> float:
         return math.inf
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB|TB|B)", size.upper())
     if not match or not float(match[1]):
-        raise UserError(f"size is {size!r} but must be a number with its unit, as 250MB or 12GB, or 'all'")
+        raise UserError(
+            f"size is {size!r} but must be a number with its unit, as 250MB or 12GB, or 'all'"
+        )
     return float(match[1]) * {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[match[2]]
 
 
@@ -99,9 +108,13 @@ def read_documents(path: Path, column: str) -> Iterator[bytes]:
         yield from read_parquet(path, column)
         return
     try:
-        with pa.input_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}.get(path.suffix)) as stream:
+        with pa.input_stream(
+            str(path), compression={".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+        ) as stream:
             # Bytes that are no UTF-8 pass through as surrogates; `clean` counts and mends them.
-            lines = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="\n")
+            lines = io.TextIOWrapper(
+                stream, encoding="utf-8", errors="surrogateescape", newline="\n"
+            )
             read = read_jsonl if ".jsonl" in path.suffixes else read_text
             yield from read(path, lines, column)
     except (pa.ArrowInvalid, OSError) as error:
@@ -113,14 +126,20 @@ def read_parquet(path: Path, column: str) -> Iterator[bytes]:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
         if column not in names:
-            raise UserError(f"{path}: no column {column!r}; choose among {', '.join(names)} with --column")
+            raise UserError(
+                f"{path}: no column {column!r}; choose among {', '.join(names)} with --column"
+            )
         kind = file.schema_arrow.field(column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UserError(f"{path}: column {column!r} has no text but {kind}; choose another with --column")
+            raise UserError(
+                f"{path}: column {column!r} has no text but {kind}; choose another with --column"
+            )
         for batch in file.iter_batches(batch_size=128, columns=[column]):
             yield from batch.column(0).cast(pa.large_binary()).drop_null().to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: can not be read as parquet ({str(error).splitlines()[0][:150]})") from error
+        raise UserError(
+            f"{path}: can not be read as parquet ({str(error).splitlines()[0][:150]})"
+        ) from error
 
 
 def read_jsonl(path: Path, lines: io.TextIOWrapper, column: str) -> Iterator[bytes]:
@@ -133,7 +152,9 @@ def read_jsonl(path: Path, lines: io.TextIOWrapper, column: str) -> Iterator[byt
         except (ValueError, RecursionError):
             raise UserError(f"{path}: line {number} is no JSON") from None
         except (KeyError, TypeError, IndexError, AttributeError):
-            raise UserError(f"{path}: line {number} has no text named {column!r}; choose with --column") from None
+            raise UserError(
+                f"{path}: line {number} has no text named {column!r}; choose with --column"
+            ) from None
 
 
 def read_text(_path: Path, lines: io.TextIOWrapper, _column: str) -> Iterator[bytes]:
@@ -192,7 +213,9 @@ class Shard:
                 pq.read_metadata(self.path)
             except (pa.ArrowInvalid, OSError) as error:
                 self.path.unlink()
-                raise UserError(f"{self.url}: what came is no parquet file ({one_line(error)[:100]})") from error
+                raise UserError(
+                    f"{self.url}: what came is no parquet file ({one_line(error)[:100]})"
+                ) from error
         return self.path
 
 
@@ -201,19 +224,26 @@ def list_shards(config: PrepareConfig) -> list[Shard]:
     if not config.input:
         folder, name, count = SOURCES[config.source]
         names = [name.format(n) for n in range(count)]
-        return [Shard(Path("data") / "cache" / config.source / n, hub_url(f"{folder}/{n}")) for n in names]
+        return [
+            Shard(Path("data") / "cache" / config.source / n, hub_url(f"{folder}/{n}"))
+            for n in names
+        ]
     paths = []
     for name in [config.input] if Path(config.input).exists() else config.input.split(","):
         path = Path(name)
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
             if not found:
-                raise UserError(f"input={name}: no file in this folder ends with {', '.join(SUFFIXES)}")
+                raise UserError(
+                    f"input={name}: no file in this folder ends with {', '.join(SUFFIXES)}"
+                )
             paths += found
         elif not path.is_file():
             raise UserError(f"input={name}: no such file or folder")
         elif not path.name.endswith(SUFFIXES):
-            raise UserError(f"input={name}: unknown kind of file; it must end with {', '.join(SUFFIXES)}")
+            raise UserError(
+                f"input={name}: unknown kind of file; it must end with {', '.join(SUFFIXES)}"
+            )
         else:
             paths.append(path)
     return [Shard(path) for path in paths]
@@ -225,11 +255,15 @@ def make_tokenizer(config: PrepareConfig, shards: list[Shard]) -> BPETokenizer:
     if config.tokenizer != "bpe":
         tok = from_dict(read_meta(Path(config.tokenizer))["tokenizer"])
         if not isinstance(tok, BPETokenizer):
-            raise UserError(f"tokenizer={config.tokenizer}: that data set is one of characters; choose one with BPE")
+            raise UserError(
+                f"tokenizer={config.tokenizer}: that data set is one of characters; choose one with BPE"
+            )
         return tok
     tok = BPETokenizer.train(training_sample(config, shards), config.vocab_size)
     if tok.vocab_size < config.vocab_size:
-        print(f"the text has no pairs for {config.vocab_size:,} tokens: the vocabulary is {tok.vocab_size:,}")
+        print(
+            f"the text has no pairs for {config.vocab_size:,} tokens: the vocabulary is {tok.vocab_size:,}"
+        )
     return tok
 
 
@@ -239,7 +273,9 @@ def training_sample(config: PrepareConfig, shards: list[Shard]) -> Iterator[str]
     for shard in shards:
         for document in read_documents(shard.fetch(), config.column):
             text = clean(document, Counter())
-            if len(text) >= config.min_chars and not is_validation(document_hash(text.encode()), config.val_fraction):
+            if len(text) >= config.min_chars and not is_validation(
+                document_hash(text.encode()), config.val_fraction
+            ):
                 yield text
                 taken += len(text.encode())
                 if taken >= SAMPLE_BYTES:
@@ -261,7 +297,11 @@ class Unfinished:
             "text_bytes": 0,
             "val_bytes": 0,
             "counts": {},
-            "lengths": {"train.bin": 0, "val.bin": 0, "seen": 0},  # seen: 8 bytes for each document, its hash
+            "lengths": {
+                "train.bin": 0,
+                "val.bin": 0,
+                "seen": 0,
+            },  # seen: 8 bytes for each document, its hash
         }
         if self.path.exists():
             self.state = json.loads(self.path.read_bytes())
@@ -282,7 +322,9 @@ class Unfinished:
             for name, length in self.state["lengths"].items():
                 path = self.part(name)
                 if length > (path.stat().st_size if path.exists() else 0):
-                    raise UserError(f"{path} is shorter than {self.path} says; remove {self.path} to start anew")
+                    raise UserError(
+                        f"{path} is shorter than {self.path} says; remove {self.path} to start anew"
+                    )
                 self.files[name] = open(path, "r+b" if path.exists() else "w+b")
                 self.files[name].truncate(length)
                 self.files[name].seek(length)
@@ -316,7 +358,11 @@ class Unfinished:
             file.flush()
             os.fsync(file.fileno())
             self.state["lengths"][name] = file.tell()
-        self.state |= {"shards": self.state["shards"] + 1, "complete": complete, "counts": dict(self.counts)}
+        self.state |= {
+            "shards": self.state["shards"] + 1,
+            "complete": complete,
+            "counts": dict(self.counts),
+        }
         self.save()
         self.sort_seen()
 
@@ -331,7 +377,10 @@ class Unfinished:
         for name in ("train.bin", "val.bin"):
             if self.part(name).exists():
                 os.replace(self.part(name), self.folder / name)
-        source = self.state["options"] | {"text_bytes": self.state["text_bytes"], "documents": self.state["counts"]}
+        source = self.state["options"] | {
+            "text_bytes": self.state["text_bytes"],
+            "documents": self.state["counts"],
+        }
         write_meta(self.folder, tok, self.state["val_bytes"], source)
         for path in (self.path, self.part("seen"), self.folder / "tokenizer.json"):
             path.unlink(missing_ok=True)
@@ -359,15 +408,21 @@ def keep(work: Unfinished, path: Path, config: PrepareConfig) -> Iterator[tuple[
                 return
 
 
-def add_shard(work: Unfinished, path: Path, tok: BPETokenizer, config: PrepareConfig, bar: tqdm) -> None:
+def add_shard(
+    work: Unfinished, path: Path, tok: BPETokenizer, config: PrepareConfig, bar: tqdm
+) -> None:
     """Tokenize what is to be kept of a file, on all processors, and write it in its order."""
     waiting: deque = deque()
 
     def write_first() -> None:
         ids, for_val = waiting.popleft()
-        work.files["val.bin" if for_val else "train.bin"].write(ids.result().astype(TOKEN).tobytes())
+        work.files["val.bin" if for_val else "train.bin"].write(
+            ids.result().astype(TOKEN).tobytes()
+        )
 
-    with ThreadPoolExecutor(config.num_threads or os.cpu_count()) as pool:  # tiktoken works without Python's lock
+    with ThreadPoolExecutor(
+        config.num_threads or os.cpu_count()
+    ) as pool:  # tiktoken works without Python's lock
         for text, for_val in keep(work, path, config):
             waiting.append((pool.submit(tok.encode_document, text), for_val))
             if len(waiting) > 100:
@@ -397,12 +452,22 @@ def check_disk(folder: Path, shards: list[Shard], config: PrepareConfig, done: i
 def main(config: PrepareConfig) -> None:
     """First a tokenizer, then shard after shard, then the files get their names."""
     folder, shards = Path("data") / config.dataset, list_shards(config)
-    options = {"files": [str(s.path) for s in shards]} if config.input else {"source": SOURCES[config.source][0]}
+    options = (
+        {"files": [str(s.path) for s in shards]}
+        if config.input
+        else {"source": SOURCES[config.source][0]}
+    )
     for name in ("column", "size", "tokenizer", "vocab_size", "min_chars", "val_fraction"):
         options[name] = getattr(config, name)
     finished = (folder / "meta.json").exists() and not (folder / "progress.json").exists()
-    if finished and not config.input and options.items() <= read_meta(folder / "meta.json")["source"].items():
-        print(f"{folder} is there already, made with these very options; to make it anew, remove it")
+    if (
+        finished
+        and not config.input
+        and options.items() <= read_meta(folder / "meta.json")["source"].items()
+    ):
+        print(
+            f"{folder} is there already, made with these very options; to make it anew, remove it"
+        )
         return
     try:
         with Unfinished(folder, options) as work:
@@ -433,11 +498,15 @@ def load_tokenizer(path: Path, config: PrepareConfig, shards: list[Shard]) -> BP
     return from_dict(json.loads(path.read_bytes()))
 
 
-def add_shards(work: Unfinished, shards: list[Shard], tok: BPETokenizer, config: PrepareConfig) -> None:
+def add_shards(
+    work: Unfinished, shards: list[Shard], tok: BPETokenizer, config: PrepareConfig
+) -> None:
     """Shard after shard, until `size` is reached or there are no more."""
     size = parse_size(config.size)
     total = None if math.isinf(size) else size
-    with tqdm(total=total, initial=work.state["text_bytes"], unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(
+        total=total, initial=work.state["text_bytes"], unit="B", unit_scale=True, disable=None
+    ) as bar:
         for number in range(work.state["shards"], len(shards)):
             path = shards[number].fetch()
             started, before = time.perf_counter(), work.state["text_bytes"]
@@ -469,7 +538,10 @@ def report(folder: Path) -> None:
         f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens of "
         f"{meta['vocab_size']:,}, {source['text_bytes'] / tokens:.2f} bytes each"
     )
-    print("documents: " + "; ".join(f"{count:,} {what}" for what, count in source["documents"].items() if count))
+    print(
+        "documents: "
+        + "; ".join(f"{count:,} {what}" for what, count in source["documents"].items() if count)
+    )
 
 
 if __name__ == "__main__":

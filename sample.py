@@ -14,7 +14,9 @@ from configurator import UserError, configure, run
 class SampleConfig:
     """Print text that a trained model writes, as it writes it."""
 
-    init_from: str = "resume"  # resume: a run's model; or a pretrained one: gpt2, gpt2-xl, owner/name, a folder
+    init_from: str = (
+        "resume"  # resume: a run's model; or a pretrained one: gpt2, gpt2-xl, owner/name, a folder
+    )
     out_dir: str = "out/phase1_char"  # the run's folder
     checkpoint: str = "ckpt.pt"  # the file in it: ckpt.pt is the last state, best.pt the best
     start: str = "\n"  # the prompt; FILE:path reads it from a file
@@ -22,12 +24,18 @@ class SampleConfig:
     max_new_tokens: int = 500  # tokens in each
     temperature: float = 0.8  # divides the logits; 0 takes the likeliest token each time
     top_k: int | None = None  # draw from the k likeliest tokens only
-    top_p: float | None = None  # draw from the likeliest tokens that together reach this probability
-    stop: str = "<|endoftext|>"  # a text ends where this has been written; empty: at max_new_tokens only
+    top_p: float | None = (
+        None  # draw from the likeliest tokens that together reach this probability
+    )
+    stop: str = (
+        "<|endoftext|>"  # a text ends where this has been written; empty: at max_new_tokens only
+    )
     seed: int = 1337  # the same seed writes the same texts
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
-    compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: no, it takes longer than most texts
+    compile: bool | Literal["auto"] = (
+        "auto"  # torch.compile the model; auto: no, it takes longer than most texts
+    )
 
     def __post_init__(self) -> None:
         for name, lowest in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0)):
@@ -50,10 +58,9 @@ from pathlib import Path
 
 import torch
 
-import runtime
-import tokenizer
-from checkpoint import load_checkpoint
-from pretrained import load_pretrained
+from support import runtime, tokenizer
+from support.checkpoint import load_checkpoint
+from support.hub import load_pretrained
 
 
 def read_start(start: str) -> str:
@@ -62,7 +69,9 @@ def read_start(start: str) -> str:
         try:
             start = Path(start.removeprefix("FILE:")).read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"start={start}: byte {error.start} is not UTF-8; convert the file") from None
+            raise UserError(
+                f"start={start}: byte {error.start} is not UTF-8; convert the file"
+            ) from None
     if not start:
         raise UserError("start is empty, and a model can only go on from something; try --start=A")
     return start
@@ -76,11 +85,15 @@ def main(config: SampleConfig) -> None:
         tok = tokenizer.from_dict(checkpoint["tokenizer"])
     else:
         model, tok = load_pretrained(config.init_from)
-    model.to(device, dtype)  # the weights themselves: making a token is little more than reading all of them
+    model.to(
+        device, dtype
+    )  # the weights themselves: making a token is little more than reading all of them
     start = read_start(config.start)
     prompt = torch.tensor([tok.encode(start)], device=device)  # (1, T)
     if config.compile is True:
-        model.forward, reason = runtime.compile_model(model.forward, lambda forward: forward(prompt))
+        model.forward, reason = runtime.compile_model(
+            model.forward, lambda forward: forward(prompt)
+        )
         if reason:
             print(f"not compiled: {reason}", file=sys.stderr)
     generator = torch.Generator(device).manual_seed(config.seed)

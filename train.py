@@ -41,10 +41,18 @@ class TrainConfig:
     eval_only: bool = False  # evaluate, print, and stop
     preflight: bool = False  # check data, model and machine, print what the run will cost, and stop
     target_val_loss: float = 0.0  # stop when the validation loss is this low
-    always_save_checkpoint: bool = True  # False: ckpt.pt is saved only when the validation loss has improved
-    checkpoint_interval: float = 300.0  # seconds between further saves (longer if they cost over 1%); 0: none
-    log_interval: int = 10  # steps between lines of the log; a GPU is asked no oftener whether the loss is finite
-    sample_interval: int = 0  # evaluations at multiples of it, and the first after step 0, have a sample; 0: none
+    always_save_checkpoint: bool = (
+        True  # False: ckpt.pt is saved only when the validation loss has improved
+    )
+    checkpoint_interval: float = (
+        300.0  # seconds between further saves (longer if they cost over 1%); 0: none
+    )
+    log_interval: int = (
+        10  # steps between lines of the log; a GPU is asked no oftener whether the loss is finite
+    )
+    sample_interval: int = (
+        0  # evaluations at multiples of it, and the first after step 0, have a sample; 0: none
+    )
     sample_start: str = "\n"  # their prompt
     sample_tokens: int = 300  # their length
     tensorboard_log: bool = False  # log to event files in out_dir too, for TensorBoard
@@ -65,7 +73,9 @@ class TrainConfig:
     gelu: Literal["tanh", "exact"] = "tanh"  # GPT-2's form; exact: nanoGPT's
     pad_vocab_to: int = 0  # rows of both, 0: one per token; a GPU likes multiples of 64, and those added stand for none
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, adamw for the rest
+    optimizer: Literal["adamw", "muon"] = (
+        "adamw"  # muon: for the matrices of the blocks, adamw for the rest
+    )
     learning_rate: float = 6e-4  # peak of the learning rate, of adamw
     muon_lr: float = 0.02  # the same, of muon
     max_iters: int = 600000  # steps
@@ -84,15 +94,42 @@ class TrainConfig:
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model
-    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed: nccl on CUDA, gloo elsewhere
+    backend: Literal["auto", "nccl", "gloo"] = (
+        "auto"  # of torch.distributed: nccl on CUDA, gloo elsewhere
+    )
 
     def __post_init__(self) -> None:
-        counts = ("eval_interval", "log_interval", "sample_tokens", "batch_size", "block_size", "n_layer", "n_head")
+        counts = (
+            "eval_interval",
+            "log_interval",
+            "sample_tokens",
+            "batch_size",
+            "block_size",
+            "n_layer",
+            "n_head",
+        )
         for name in (*counts, "n_embd", "gradient_accumulation_steps"):
             if not 1 <= getattr(self, name) <= 1 << 31:
-                raise UserError(f"{name} is {getattr(self, name)} but must be at least 1 and at most 2 ** 31")
-        amounts = ("eval_iters", "target_val_loss", "sample_interval", "checkpoint_interval", "max_iters", "muon_lr")
-        amounts += ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed", "pad_vocab_to")
+                raise UserError(
+                    f"{name} is {getattr(self, name)} but must be at least 1 and at most 2 ** 31"
+                )
+        amounts = (
+            "eval_iters",
+            "target_val_loss",
+            "sample_interval",
+            "checkpoint_interval",
+            "max_iters",
+            "muon_lr",
+        )
+        amounts += (
+            "weight_decay",
+            "grad_clip",
+            "warmup_iters",
+            "lr_decay_iters",
+            "min_lr",
+            "seed",
+            "pad_vocab_to",
+        )
         for name in amounts:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)} but must be at least 0")
@@ -100,9 +137,13 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)} but must be at most 2 ** 31")
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)} but must be at least 0 and below 1")
+                raise UserError(
+                    f"{name} is {getattr(self, name)} but must be at least 0 and below 1"
+                )
         if not self.init_from:
-            raise UserError("init_from is empty; scratch, resume, auto, or a pretrained GPT-2 is where a run begins")
+            raise UserError(
+                "init_from is empty; scratch, resume, auto, or a pretrained GPT-2 is where a run begins"
+            )
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate is {self.learning_rate} but must be above 0")
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -110,14 +151,18 @@ class TrainConfig:
                 f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it, or decay_lr=False"
             )
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} can not be split among n_head={self.n_head}; choose a multiple")
+            raise UserError(
+                f"n_embd={self.n_embd} can not be split among n_head={self.n_head}; choose a multiple"
+            )
         if self.sample_interval % self.eval_interval:
             raise UserError(
                 f"sample_interval={self.sample_interval}: samples go with evaluations; "
                 f"choose a multiple of eval_interval={self.eval_interval}"
             )
         if self.sample_interval and not self.sample_start:
-            raise UserError("sample_start is empty, and a model can only go on from something; try --sample_start=A")
+            raise UserError(
+                "sample_start is empty, and a model can only go on from something; try --sample_start=A"
+            )
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
@@ -136,19 +181,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import diagnosis
-import preflight
-import report
-import runtime
-from checkpoint import load_checkpoint, save_checkpoint
-from data import Dataset, Tokens, gather, random_offsets, spread_offsets, whole_file_offsets
 from model import GPT, GPTConfig
-from muon import Muon
-from pretrained import load_pretrained
-from tokenizer import Tokenizer
+from support import diagnosis, pictures, preflight, runtime
+from support import log as report
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.data import Dataset, Tokens, gather, random_offsets, spread_offsets, whole_file_offsets
+from support.hub import load_pretrained
+from support.optimizers import Muon
+from support.tokenizer import Tokenizer
 
 OWN = ("scratch", "resume", "auto")  # any other init_from is the name of a pretrained GPT-2
-SHAPE = tuple(field.name for field in fields(GPTConfig) if field.name != "vocab_size")  # options of the same names
+SHAPE = tuple(
+    field.name for field in fields(GPTConfig) if field.name != "vocab_size"
+)  # options of the same names
 
 
 class Processes:
@@ -178,10 +223,15 @@ class Processes:
         if backend == "nccl" and (self.device.type != "cuda" or not dist.is_nccl_available()):
             raise UserError(f"backend=nccl can not be used on {self.device} here; take gloo")
         meeting = {}
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        if (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            and os.environ.get("GROUP_WORLD_SIZE") == "1"
+        ):
             # Restarted workers find the store of the attempt before, and in it the addresses of dead processes, for
             # which gloo waits half an hour: a prefix keeps attempts apart. (With several machines their counts differ.)
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+            )
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             meeting = {"store": store, "rank": self.rank, "world_size": self.count}
         dist.init_process_group(backend, **meeting)
@@ -236,24 +286,32 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if not config.decay_lr:
         return peak
     progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
-    left = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    left = (
+        1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    )
     return config.min_lr + left * (peak - config.min_lr)
 
 
-def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: GPT, config: TrainConfig, device: torch.device
+) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
     groups = model.param_groups()
     matrices, optimizers = groups["hidden"] + groups["embedding"], []
     if config.optimizer == "muon":
         matrices = groups["embedding"]
         dtype = runtime.resolve_dtype("auto", device)
-        optimizers.append(Muon(groups["hidden"], lr=config.muon_lr, weight_decay=config.weight_decay, dtype=dtype))
+        optimizers.append(
+            Muon(groups["hidden"], lr=config.muon_lr, weight_decay=config.weight_decay, dtype=dtype)
+        )
     adamw_groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": groups["vector"], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    optimizers.append(torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=betas, fused=True))
+    optimizers.append(
+        torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=betas, fused=True)
+    )
     every = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert len(every) == len(set(every)) and set(every) == set(model.parameters())
     for o in optimizers:
@@ -264,7 +322,9 @@ def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> li
 
 def in_shape_of(model: GPT, config: TrainConfig) -> TrainConfig:
     """`config` with the shape of `model`, of whose context it may use a part."""
-    shape = {name: getattr(model.config, name) for name in SHAPE if name not in ("block_size", "dropout")}
+    shape = {
+        name: getattr(model.config, name) for name in SHAPE if name not in ("block_size", "dropout")
+    }
     return replace(config, block_size=min(config.block_size, model.config.block_size), **shape)
 
 
@@ -282,21 +342,29 @@ class Trainer:
             origin = checkpoint["train_config"]["init_from"]
         elif origin not in OWN:
             model, tok = processes.in_turn(lambda: load_pretrained(config.init_from))
-        if origin not in OWN:  # the next checkpoint says it too, so that it can be resumed in its turn
+        if (
+            origin not in OWN
+        ):  # the next checkpoint says it too, so that it can be resumed in its turn
             config = in_shape_of(model, replace(config, init_from=origin))
         self.config = config
         self.data = Dataset(Path("data") / config.dataset, config.block_size)
         self.tokenizer = self.data.tokenizer
         self.prompt = self.tokenizer.encode(config.sample_start) if config.sample_interval else []
-        self.tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
+        self.tokens_per_step = (
+            config.gradient_accumulation_steps * config.batch_size * config.block_size
+        )
         self.steps_per_epoch = len(self.data.train) / self.tokens_per_step
         share = config.gradient_accumulation_steps // processes.count
-        self.micros = range(processes.rank * share, (processes.rank + 1) * share)  # this process's forward passes
+        self.micros = range(
+            processes.rank * share, (processes.rank + 1) * share
+        )  # this process's forward passes
         # What an evaluation reads is fixed: all of val.bin (or eval_iters batches spread over it),
         # and just as much of train.bin.
         windows = whole_file_offsets(len(self.data.val), config.block_size)
         if 0 < config.eval_iters * config.batch_size < len(windows):
-            windows = windows[np.linspace(0, len(windows) - 1, config.eval_iters * config.batch_size).astype(int)]
+            windows = windows[
+                np.linspace(0, len(windows) - 1, config.eval_iters * config.batch_size).astype(int)
+            ]
         self.val_windows = windows
         self.train_windows = spread_offsets(len(windows), len(self.data.train), config.block_size)
 
@@ -311,7 +379,9 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.start_step, self.evaluated_step, self.best_val_loss = 0, -1, math.inf
-        self.failed_step = torch.tensor(-1, device=self.device)  # the first whose loss or gradient was not finite
+        self.failed_step = torch.tensor(
+            -1, device=self.device
+        )  # the first whose loss or gradient was not finite
         # Step, learning rate, loss and length of the gradient of the last steps, to tell if one goes wrong.
         self.recent: deque[tuple] = deque(maxlen=config.log_interval + 5)
         if self.resumed:
@@ -320,7 +390,9 @@ class Trainer:
             self.load_weights(model, tok)
         steps = set(processes.gather(f"step {self.start_step}"))
         if len(steps) > 1:
-            raise UserError(f"the processes begin at different steps, {', '.join(steps)}: out_dir must be one for all")
+            raise UserError(
+                f"the processes begin at different steps, {', '.join(steps)}: out_dir must be one for all"
+            )
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         self.step_model: nn.Module = self.model  # as the training step calls it: see prepare()
 
@@ -344,11 +416,18 @@ class Trainer:
             self.step_model, reason = runtime.compile_model(self.model, self.try_out)
             failures = self.processes.sum(bool(reason))
             if failures:  # in one process: then all do without
-                self.step_model, reason = self.model, reason or f"failed in {failures:.0f} of the processes"
+                self.step_model, reason = (
+                    self.model,
+                    reason or f"failed in {failures:.0f} of the processes",
+                )
         if self.processes.distributed:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.step_model = DistributedDataParallel(self.step_model, device_ids=ids)
-        return f"not compiled: {reason}" if reason else f"compiled in {time.perf_counter() - started:.0f} s"
+        return (
+            f"not compiled: {reason}"
+            if reason
+            else f"compiled in {time.perf_counter() - started:.0f} s"
+        )
 
     def try_out(self, model: nn.Module) -> None:
         """Compilation happens when a model is first called, forwards and backwards."""
@@ -365,13 +444,17 @@ class Trainer:
         c = self.config
         n_sequences = c.gradient_accumulation_steps * c.batch_size
         offsets = random_offsets(c.seed, step, n_sequences, len(self.data.train), c.block_size)
-        return self.batch(self.data.train, offsets[micro * c.batch_size : (micro + 1) * c.batch_size])
+        return self.batch(
+            self.data.train, offsets[micro * c.batch_size : (micro + 1) * c.batch_size]
+        )
 
     def batch(self, tokens: Tokens, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
         """The windows at `offsets` as inputs and targets, (B, T) each, on the device."""
         x, y = map(torch.from_numpy, gather(tokens, offsets, self.config.block_size))
         if self.device.type == "cuda":  # from pinned memory the copy runs beside the computation
-            return x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
+            return x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(
+                self.device, non_blocking=True
+            )
         return x.to(self.device), y.to(self.device)
 
     def train_step(self, step: int, lr: float, stop: int = 0) -> Tensor:
@@ -389,7 +472,9 @@ class Trainer:
         for micro in self.micros:
             self.seed_dropout(step, micro)
             x, y = self.micro_batch(step, micro)
-            if processes.distributed:  # gradients are exchanged once a step, in its last backward pass
+            if (
+                processes.distributed
+            ):  # gradients are exchanged once a step, in its last backward pass
                 self.step_model.require_backward_grad_sync = micro == self.micros[-1]
             with runtime.autocast(self.device, self.dtype):
                 loss = self.step_model(x, y)[1] / len(self.micros)
@@ -407,7 +492,9 @@ class Trainer:
         # else float16's scaler may have tried a scale that is too large: it lowers it, and leaves this one step out
         self.failed_step = torch.where((self.failed_step < 0) & ~finite, step, self.failed_step)
         for o in self.optimizers:
-            o.found_inf = (self.failed_step >= 0).float()  # 1: a fused optimizer of torch, or Muon, changes nothing
+            o.found_inf = (
+                self.failed_step >= 0
+            ).float()  # 1: a fused optimizer of torch, or Muon, changes nothing
             self.scaler.step(o)
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
@@ -424,7 +511,9 @@ class Trainer:
     def seed_dropout(self, step: int, micro: int) -> None:
         """What is dropped is, like the batch itself, a function of the seed, the step and its part."""
         if self.config.dropout > 0:
-            torch.manual_seed(int(np.random.SeedSequence((self.config.seed, step, micro)).generate_state(1)[0]))
+            torch.manual_seed(
+                int(np.random.SeedSequence((self.config.seed, step, micro)).generate_state(1)[0])
+            )
 
     def not_finite(self, step: int) -> Exception:
         """The error that ends a run whose loss or gradient was not finite in step `step`, with its cause."""
@@ -432,15 +521,27 @@ class Trainer:
         reason = ""
         self.model.zero_grad(set_to_none=True)
         for micro in self.micros:
-            batches = self.micro_batch(step, micro), self.micro_batch(step - 1 if step else 1, micro)
+            batches = (
+                self.micro_batch(step, micro),
+                self.micro_batch(step - 1 if step else 1, micro),
+            )
             autocast = runtime.autocast(self.device, self.dtype)
             reason = reason or diagnosis.explain(
-                self.model, *batches, autocast, self.dtype, lambda micro=micro: self.seed_dropout(step, micro)
+                self.model,
+                *batches,
+                autocast,
+                self.dtype,
+                lambda micro=micro: self.seed_dropout(step, micro),
             )
         reasons = [reason for reason in self.processes.gather(reason) if reason]
         if not self.processes.is_first:
             return SystemExit(1)
-        before = ", ".join(f"{norm:.3g}" for at, _, _, norm in list(self.recent) if step - 5 <= at < step) or "none"
+        before = (
+            ", ".join(
+                f"{norm:.3g}" for at, _, _, norm in list(self.recent) if step - 5 <= at < step
+            )
+            or "none"
+        )
         return UserError(
             f"step {step}: the loss is {loss:.4g}, the norm of the gradient {grad_norm:.4g}, at learning rate {lr:.3g} "
             f"and after norms of {before}; {(reasons or ['a repetition is finite: --compile=False may help'])[0]}; "
@@ -467,7 +568,9 @@ class Trainer:
 
     def losses(self) -> tuple[float, float]:
         """Training and validation loss."""
-        return self.evaluate(self.data.train, self.train_windows), self.evaluate(self.data.val, self.val_windows)
+        return self.evaluate(self.data.train, self.train_windows), self.evaluate(
+            self.data.val, self.val_windows
+        )
 
     def bits_per_byte(self, val_loss: float) -> float:
         """The validation loss in bits for each byte of the text: it compares models whatever their tokens."""
@@ -480,7 +583,9 @@ class Trainer:
         prompt = torch.tensor([self.prompt], device=self.device)  # (1, T)
         generator = torch.Generator(self.device).manual_seed(c.seed)
         with runtime.autocast(self.device, self.dtype):
-            ids = list(self.model.generate(prompt, c.sample_tokens, temperature=0.8, generator=generator))
+            ids = list(
+                self.model.generate(prompt, c.sample_tokens, temperature=0.8, generator=generator)
+            )
         return c.sample_start + self.tokenizer.decode(torch.cat(ids, dim=1)[0].tolist())
 
     def save_state(self, step: int) -> None:
@@ -528,15 +633,27 @@ class Trainer:
                 f"prepare a data set with it: for OpenAI's models, --tokenizer=gpt2 of a prepare script"
             )
         weights = model.state_dict()
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: self.config.block_size]
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][
+            : self.config.block_size
+        ]
         self.model.load_state_dict(weights)
 
     def load_state(self, path: Path, model: GPT, checkpoint: dict) -> None:
         """Go on from the checkpoint read at `path`. Raises UserError where it contradicts the options or the data."""
         if "optimizers" not in checkpoint:
-            raise UserError(f"{path} has weights alone, for sampling; a run goes on from a ckpt.pt with its optimizer")
-        here = asdict(self.model.config) | {"optimizer": self.config.optimizer} | self.data.meta["sha256"]
-        there = asdict(model.config) | {"optimizer": checkpoint["train_config"]["optimizer"]} | checkpoint["dataset"]
+            raise UserError(
+                f"{path} has weights alone, for sampling; a run goes on from a ckpt.pt with its optimizer"
+            )
+        here = (
+            asdict(self.model.config)
+            | {"optimizer": self.config.optimizer}
+            | self.data.meta["sha256"]
+        )
+        there = (
+            asdict(model.config)
+            | {"optimizer": checkpoint["train_config"]["optimizer"]}
+            | checkpoint["dataset"]
+        )
         for name, value in here.items():
             if value != there.get(name, value):
                 raise UserError(
@@ -546,7 +663,9 @@ class Trainer:
         self.model.load_state_dict(model.state_dict())
         for o, saved in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             # Rates and decays are this run's options, which may have changed, not those of the file.
-            o.load_state_dict({"state": saved["state"], "param_groups": o.state_dict()["param_groups"]})
+            o.load_state_dict(
+                {"state": saved["state"], "param_groups": o.state_dict()["param_groups"]}
+            )
         if checkpoint["scaler"] and self.scaler.is_enabled():  # empty when dtype was not float16
             self.scaler.load_state_dict(checkpoint["scaler"])
         if checkpoint["step"] > self.config.max_iters:
@@ -565,7 +684,11 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self.number = 0
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        numbers = [
+            getattr(signal, name)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP")
+            if hasattr(signal, name)
+        ]
         self.before = {n: signal.getsignal(n) for n in numbers}
         for n, handler in self.before.items():
             if handler != signal.SIG_IGN:  # as nohup has it for SIGHUP
@@ -590,13 +713,17 @@ def main(config: TrainConfig) -> None:
     if processes.device.type == "cpu":
         runtime.repeatable()
         runtime.keep_freed_memory()
-    elif processes.device.type == "cuda":  # TF32 where float32 is multiplied: on an A100 8 times as fast (data sheet)
+    elif (
+        processes.device.type == "cuda"
+    ):  # TF32 where float32 is multiplied: on an A100 8 times as fast (data sheet)
         torch.set_float32_matmul_precision("high")
     try:
         trainer = Trainer(config, processes)
         if config.preflight:
             if not preflight.run_checks(trainer):
-                raise UserError("preflight: a check has failed; the run would not do what it should")
+                raise UserError(
+                    "preflight: a check has failed; the run would not do what it should"
+                )
         elif config.eval_only:
             train_loss, val_loss = trainer.losses()
             if processes.is_first:
@@ -607,12 +734,16 @@ def main(config: TrainConfig) -> None:
         else:
             train(trainer)
             if processes.is_first:
-                report.main(report.ReportConfig(config.out_dir))
-                print(f"{config.out_dir} has ckpt.pt, best.pt, log.jsonl, samples.md and loss.png; let it speak with")
+                pictures.write_report(Path(config.out_dir))
+                print(
+                    f"{config.out_dir} has ckpt.pt, best.pt, log.jsonl, samples.md and loss.png; let it speak with"
+                )
                 print(f"    python sample.py --out_dir={config.out_dir}")
         processes.wait()
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
+            error
+        ):
             raise UserError(
                 f"out of memory at batch_size={config.batch_size}; lower it, and raise gradient_accumulation_steps="
                 f"{config.gradient_accumulation_steps} by the same factor to compute the same"
@@ -641,12 +772,16 @@ def train(trainer: Trainer) -> None:
             if not look_is_due(trainer, step + 1, stop):
                 continue
             loss, grad_norm, stopped = trainer.read(figures)
-            stopped = stopped or (stop.number and not processes.distributed)  # several obey in the same step
+            stopped = stopped or (
+                stop.number and not processes.distributed
+            )  # several obey in the same step
             log.update(step + 1, loss, grad_norm, lr)
             if processes.is_first and (stopped or trainer.save_is_due()):
                 trainer.save_state(step + 1)
             if stopped:
-                log.say(f"stopped after step {step + 1:,}, all of it saved; go on with --init_from=resume")
+                log.say(
+                    f"stopped after step {step + 1:,}, all of it saved; go on with --init_from=resume"
+                )
                 processes.wait()
                 sys.exit(128 + (stop.number or signal.SIGTERM))
 
@@ -663,12 +798,18 @@ def evaluate_and_save(trainer: Trainer, log: report.Log, step: int, last: bool) 
     c = trainer.config
     train_loss, val_loss = trainer.losses()
     if not math.isfinite(val_loss):
-        raise UserError(f"the validation loss after step {step} is {val_loss}; {c.out_dir}/ckpt.pt is as it was before")
+        raise UserError(
+            f"the validation loss after step {step} is {val_loss}; {c.out_dir}/ckpt.pt is as it was before"
+        )
     last = last or val_loss <= c.target_val_loss
     improved = val_loss < trainer.best_val_loss
     trainer.best_val_loss, trainer.evaluated_step = min(val_loss, trainer.best_val_loss), step
     if trainer.processes.is_first:
-        due = c.sample_interval and step and (last or step == c.eval_interval or step % c.sample_interval == 0)
+        due = (
+            c.sample_interval
+            and step
+            and (last or step == c.eval_interval or step % c.sample_interval == 0)
+        )
         log.evaluation(step, train_loss, val_loss, **({"sample": trainer.sample()} if due else {}))
         if improved:  # first, so that a kill between the two is followed by another evaluation
             trainer.save_weights("best.pt", step)

@@ -1,5 +1,6 @@
 """What the tests share: the top-level files on the path, and one small data set and run."""
 
+import os
 import re
 import signal
 import sys
@@ -12,12 +13,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # for the programs that tests start
 
-for name in ("SIGINT", "SIGHUP"):  # in the background these are ignored, also by the programs that tests start
+for name in (
+    "SIGINT",
+    "SIGHUP",
+):  # in the background these are ignored, also by the programs that tests start
     if hasattr(signal, name):
-        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+        signal.signal(
+            getattr(signal, name),
+            signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL,
+        )
 
-TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(10))  # 18 characters
+TEXT = "".join(
+    f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(10)
+)  # 18 characters
 
 
 @pytest.fixture
@@ -121,7 +131,9 @@ class Handler(BaseHTTPRequestHandler):
             first = start + 7 * (fault == "shift")
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         if fault != "silent":
-            length = {"extra": len(body), "part": len(body), "long": len(body) + 9}.get(fault, len(content) - start)
+            length = {"extra": len(body), "part": len(body), "long": len(body) + 9}.get(
+                fault, len(content) - start
+            )
             self.send_header("Content-Length", str(length))
         for name, value in server.headers.items():
             self.send_header(name, value)
@@ -142,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    import download
+    from support import download
 
     monkeypatch.setattr(download, "PAUSE", 0.0)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):

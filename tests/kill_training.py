@@ -20,10 +20,10 @@ import torch
 from conftest import TEXT
 
 import prepare_shakespeare
-import report
 import train
-from checkpoint import load_checkpoint
 from configurator import configure, run
+from support import log as report
+from support.checkpoint import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,49 @@ def main(config: KillConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         Path("tiny.txt").write_text(TEXT, encoding="utf-8")
-        prepare_shakespeare.main(prepare_shakespeare.PrepareConfig(input="tiny.txt", dataset="tiny"))
-        options = dict(dataset="tiny", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, dropout=0.1)
-        options |= dict(
-            gradient_accumulation_steps=2, max_iters=max(400, 50 * config.kills), eval_interval=30, eval_iters=2
+        prepare_shakespeare.main(
+            prepare_shakespeare.PrepareConfig(input="tiny.txt", dataset="tiny")
         )
-        options |= dict(checkpoint_interval=0.01, learning_rate=1e-2, compile=False, init_from="auto", optimizer="muon")
+        options = dict(
+            dataset="tiny", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, dropout=0.1
+        )
+        options |= dict(
+            gradient_accumulation_steps=2,
+            max_iters=max(400, 50 * config.kills),
+            eval_interval=30,
+            eval_iters=2,
+        )
+        options |= dict(
+            checkpoint_interval=0.01,
+            learning_rate=1e-2,
+            compile=False,
+            init_from="auto",
+            optimizer="muon",
+        )
         started = time.perf_counter()
         assert attempt(train.TrainConfig(out_dir="out/whole", **options), None)
         seconds = time.perf_counter() - started
         in_save, steps = 0, []
         for n in range(config.kills):
             moment = random.uniform(0, 1.2 * seconds / config.kills)
-            ended = attempt(train.TrainConfig(out_dir="out/killed", **options), moment, in_training=n % 2 == 0)
+            ended = attempt(
+                train.TrainConfig(out_dir="out/killed", **options), moment, in_training=n % 2 == 0
+            )
             assert not ended, "the run was over before it was killed so often; raise max_iters"
             in_save += any(Path("out/killed").glob("*.tmp"))
             if Path("out/killed/ckpt.pt").exists():
                 steps.append(load_checkpoint(Path("out/killed/ckpt.pt"))[1]["step"])
         assert attempt(train.TrainConfig(out_dir="out/killed", **options), None)
-        whole, killed = (load_checkpoint(Path(f"out/{name}/ckpt.pt"))[1] for name in ("whole", "killed"))
+        whole, killed = (
+            load_checkpoint(Path(f"out/{name}/ckpt.pt"))[1] for name in ("whole", "killed")
+        )
         for name in ("model", "optimizers", "step", "best_val_loss"):
             torch.testing.assert_close(whole[name], killed[name], rtol=0, atol=0)
         logs = [
-            [(r["step"], r.get("loss"), r.get("val_loss")) for r in report.read_log(Path(f"out/{name}/log.jsonl"))]
+            [
+                (r["step"], r.get("loss"), r.get("val_loss"))
+                for r in report.read_log(Path(f"out/{name}/log.jsonl"))
+            ]
             for name in ("whole", "killed")
         ]
         assert logs[0] == logs[1]

@@ -84,7 +84,9 @@ def test_later_arguments_and_files_win(config_file):
 
 
 def test_config_file_may_import_compute_and_see_current_values(config_file):
-    path = config_file("import time\n_half = steps // 2\nsteps = 5 * 8 + _half\nname = 'ft-' + str(time.time())\n")
+    path = config_file(
+        "import time\n_half = steps // 2\nsteps = 5 * 8 + _half\nname = 'ft-' + str(time.time())\n"
+    )
     options = read("--steps=4", path)
     assert options.steps == 42 and options.name.startswith("ft-")
 
@@ -151,15 +153,26 @@ def test_help_lists_each_option_with_default_and_comment(capsys):
     assert lines[0] == "Options for a test."
     for line in ("--steps=10 how many", "--mode=soft which way", "--limit=None at most this many"):
         assert line in lines
-    assert lines.index("first heading:") < lines.index("--name=a what it is called") < lines.index("second heading:")
+    assert (
+        lines.index("first heading:")
+        < lines.index("--name=a what it is called")
+        < lines.index("second heading:")
+    )
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_shakespeare.py", "report.py", "playground.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "sample.py", "prepare_shakespeare.py", "-m tools.report"]
+)
 def test_help_and_mistakes_do_not_import_torch(script, tmp_path):
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')", encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for arg, code, words in (("--help", 0, "usage: python"), ("--xyz=3", 2, "there is no option 'xyz'")):
-        done = subprocess.run([sys.executable, ROOT / script, arg], env=env, capture_output=True, text=True)
+    for arg, code, words in (
+        ("--help", 0, "usage: python"),
+        ("--xyz=3", 2, "there is no option 'xyz'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, ROOT / script, arg], env=env, capture_output=True, text=True
+        )
         assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
 
 
@@ -192,4 +205,8 @@ device = 'cpu'
 compile = False
 """
     options = read_options(TrainConfig, [config_file(text)])
-    assert (options.gradient_accumulation_steps, options.compile, options.decay_lr) == (40, False, False)
+    assert (options.gradient_accumulation_steps, options.compile, options.decay_lr) == (
+        40,
+        False,
+        False,
+    )

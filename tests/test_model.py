@@ -70,7 +70,9 @@ def test_logits_and_gradients_equal_transformers(tie_weights):
     assert len(ours_by_name) == len(list(theirs.parameters()))
     for name, p in theirs.named_parameters():
         gradient = ours_by_name[name].grad
-        torch.testing.assert_close(gradient.t() if is_transposed(name) else gradient, p.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            gradient.t() if is_transposed(name) else gradient, p.grad, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_loss_leaves_out_targets_of_minus_one():
@@ -94,7 +96,9 @@ def test_logits_do_not_change_when_a_later_token_changes():
 def test_gradient_reaches_every_earlier_position_and_no_later_one():
     model = small_model()
     embedded = []
-    model.transformer.drop.register_forward_hook(lambda *args: embedded.append(args[-1]) or args[-1].retain_grad())
+    model.transformer.drop.register_forward_hook(
+        lambda *args: embedded.append(args[-1]) or args[-1].retain_grad()
+    )
     for t in range(24):
         model(tokens(1, 24))[0][0, t].square().sum().backward()
         reached = embedded.pop().grad[0].abs().sum(dim=-1) > 0
@@ -126,12 +130,18 @@ def test_attention_equals_scaled_dot_product_attention(bf16):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-@pytest.mark.parametrize("part", ["attention weights", "embedding", "attention output", "mlp output"])
+@pytest.mark.parametrize(
+    "part", ["attention weights", "embedding", "attention output", "mlp output"]
+)
 def test_each_place_drops_in_training_alone(part):
     model, x = small_model(dropout=0.5), tokens(2, 24)
     assert torch.equal(model(x)[0], model(x)[0])
     model.train()
-    places = {"embedding": "transformer.drop", "attention output": "attn.resid_dropout", "mlp output": "mlp.dropout"}
+    places = {
+        "embedding": "transformer.drop",
+        "attention output": "attn.resid_dropout",
+        "mlp output": "mlp.dropout",
+    }
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and not name.endswith(places.get(part, "none")):
             module.p = 0.0
@@ -156,7 +166,9 @@ def test_initial_weights_have_the_spread_of_gpt2():
         elif p.dim() == 2:
             assert p.std().item() == pytest.approx(0.02, rel=0.05)
         else:
-            assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p))
+            assert torch.equal(
+                p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)
+            )
 
 
 def test_one_batch_can_be_learned_by_heart():
@@ -180,12 +192,21 @@ def test_number_of_parameters():
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("phase1_char", 421_504), ("phase2_bpe", 23_132_160), ("phase3_gpt2", 134_601_216), ("gpt2_124m", 124_475_904)],
+    [
+        ("phase1_char", 421_504),
+        ("phase2_bpe", 23_132_160),
+        ("phase3_gpt2", 134_601_216),
+        ("gpt2_124m", 124_475_904),
+    ],
 )
 def test_the_models_of_the_config_files_have_their_sizes(name, parameters):
     """The last is OpenAI's 124,439,808 and 47 padded rows of 768."""
     config = read_options(TrainConfig, [str(ROOT / "config" / f"{name}.py")])
-    shape = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if field.name != "vocab_size"}
+    shape = {
+        field.name: getattr(config, field.name)
+        for field in fields(GPTConfig)
+        if field.name != "vocab_size"
+    }
     vocab_size = {"phase1_char": 65, "gpt2_124m": 50257}.get(name, 32000)
     with torch.device("meta"):
         assert GPT(GPTConfig(vocab_size=vocab_size, **shape)).num_params() == parameters
@@ -239,7 +260,9 @@ def test_cached_generation_equals_recomputing_the_context_also_past_block_size(p
 
 def test_cache_is_used():
     model, lengths = small_model(), []
-    model.transformer.wte.register_forward_hook(lambda _module, args, _output: lengths.append(args[0].size(1)))
+    model.transformer.wte.register_forward_hook(
+        lambda _module, args, _output: lengths.append(args[0].size(1))
+    )
     list(model.generate(tokens(1, 5), 10, temperature=0))
     assert lengths == [5] + [1] * 9
 
@@ -255,7 +278,9 @@ def test_generation_leaves_the_model_as_it_was():
 def test_same_generator_seed_gives_the_same_tokens():
     model = small_model()
     a, b, c = (
-        torch.cat(list(model.generate(tokens(1, 3), 40, generator=torch.Generator().manual_seed(seed))))
+        torch.cat(
+            list(model.generate(tokens(1, 3), 40, generator=torch.Generator().manual_seed(seed)))
+        )
         for seed in (1, 1, 2)
     )
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -277,7 +302,9 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(temperature, to
     n = 20_000
     drawn = sample_token(logits.expand(n, -1), temperature, top_k, top_p).flatten()
     frequency = torch.bincount(drawn, minlength=30) / n
-    assert torch.equal(frequency > 0, frequency * (expected > 0) > 0)  # none outside of what is kept
+    assert torch.equal(
+        frequency > 0, frequency * (expected > 0) > 0
+    )  # none outside of what is kept
     torch.testing.assert_close(frequency, expected, rtol=0, atol=0.02)
 
 
@@ -291,7 +318,9 @@ def test_other_devices_take_the_fused_attention(monkeypatch):
     calls = []
     fused = F.scaled_dot_product_attention
     monkeypatch.setattr(
-        model_module.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(k) or fused(*a, **k)
+        model_module.F,
+        "scaled_dot_product_attention",
+        lambda *a, **k: calls.append(k) or fused(*a, **k),
     )
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMALL))

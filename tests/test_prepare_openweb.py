@@ -17,8 +17,8 @@ import pytest
 from conftest import ROOT
 
 import prepare_openweb as prepare
-import tokenizer
 from configurator import UserError
+from support import tokenizer
 
 FILES = ("train.bin", "val.bin", "meta.json")
 
@@ -26,7 +26,9 @@ FILES = ("train.bin", "val.bin", "meta.json")
 def make_documents(n: int, seed: int = 0) -> list[str]:
     """Texts of 20 to 3,000 made-up words; some short, some twice, some with what has to be cleaned."""
     random.seed(seed)
-    words = ["".join(random.choices("abcdefgh\u00e9\u4f60", k=random.randint(2, 8))) for _ in range(300)]
+    words = [
+        "".join(random.choices("abcdefgh\u00e9\u4f60", k=random.randint(2, 8))) for _ in range(300)
+    ]
     documents = [" ".join(random.choices(words, k=random.randint(20, 400))) for _ in range(n)]
     documents[3] = documents[1]
     documents[5] = "short"
@@ -36,7 +38,9 @@ def make_documents(n: int, seed: int = 0) -> list[str]:
 
 def parquet(documents: list[str | None], column: str = "text") -> bytes:
     file = io.BytesIO()
-    pq.write_table(pa.table({"id": range(len(documents)), column: documents}), file, row_group_size=20)
+    pq.write_table(
+        pa.table({"id": range(len(documents)), column: documents}), file, row_group_size=20
+    )
     return file.getvalue()
 
 
@@ -45,7 +49,9 @@ def hub(server, tmp_path, monkeypatch):
     """The server has a small source of 6 shards; the working directory is empty. Gives its documents."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setitem(prepare.SOURCES, "openwebtext", ("datasets/some/text/resolve/1", "train-{:02}.parquet", 6))
+    monkeypatch.setitem(
+        prepare.SOURCES, "openwebtext", ("datasets/some/text/resolve/1", "train-{:02}.parquet", 6)
+    )
     documents = make_documents(600)
     documents[450] = documents[2]
     for n in range(6):
@@ -55,7 +61,9 @@ def hub(server, tmp_path, monkeypatch):
 
 
 def run(**options) -> Path:
-    config = prepare.PrepareConfig(**{"vocab_size": 400, "size": "all", "val_fraction": 0.1} | options)
+    config = prepare.PrepareConfig(
+        **{"vocab_size": 400, "size": "all", "val_fraction": 0.1} | options
+    )
     prepare.main(config)
     return Path("data") / config.dataset
 
@@ -64,7 +72,9 @@ def contents(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in FILES]
 
 
-def naive(documents: list[str], encoding, fraction: float, min_chars: int = 200) -> tuple[list, list, int]:
+def naive(
+    documents: list[str], encoding, fraction: float, min_chars: int = 200
+) -> tuple[list, list, int]:
     """What the program does, document by document, as one would write it without thinking of speed."""
     import hashlib
 
@@ -89,12 +99,18 @@ def test_bins_equal_those_of_a_plain_loop(hub, server):
     train, val, val_bytes = naive(hub, tokenizer.from_dict(meta["tokenizer"]).encoding, 0.1)
     assert np.fromfile(folder / "train.bin", "<u2").tolist() == train
     assert np.fromfile(folder / "val.bin", "<u2").tolist() == val
-    assert (meta["train_tokens"], meta["val_tokens"], meta["val_bytes"]) == (len(train), len(val), val_bytes)
+    assert (meta["train_tokens"], meta["val_tokens"], meta["val_bytes"]) == (
+        len(train),
+        len(val),
+        val_bytes,
+    )
     assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
     assert not list(Path("data/cache").rglob("*.parquet"))
     told = meta["source"]["documents"]
     assert told["read"] == 600 and told["dropped: shorter than min_chars"] >= 1
-    assert told["dropped: the same as an earlier one"] == 2  # one in the same shard, one in a later one
+    assert (
+        told["dropped: the same as an earlier one"] == 2
+    )  # one in the same shard, one in a later one
     assert told["mended: control characters"] == told["mended: not in Unicode's form NFC"] == 1
     assert sum(told[k] for k in told if k.startswith(("kept", "dropped"))) == 600
 
@@ -107,7 +123,9 @@ def test_the_tokenizer_is_the_one_that_rustbpe_trains_on_the_sample(hub, monkeyp
     clean = [d for d in hub[:3] + hub[4:5]]
     assert all(len(d) >= 200 for d in clean)
     sample = list(
-        prepare.training_sample(prepare.PrepareConfig(val_fraction=0.1), prepare.list_shards(prepare.PrepareConfig()))
+        prepare.training_sample(
+            prepare.PrepareConfig(val_fraction=0.1), prepare.list_shards(prepare.PrepareConfig())
+        )
     )
     assert 50_000 <= sum(len(text.encode()) for text in sample) < 60_000
     theirs = rustbpe.Tokenizer()
@@ -145,7 +163,10 @@ def test_what_is_in_validation_does_not_depend_on_size(hub):
     small, large = (run(size=s, dataset=s, tokenizer=str(tok)) for s in ("150KB", "all"))
     for name in ("train.bin", "val.bin"):
         few, many = (folder / name for folder in (small, large))
-        assert many.read_bytes().startswith(few.read_bytes()) and few.stat().st_size < many.stat().st_size
+        assert (
+            many.read_bytes().startswith(few.read_bytes())
+            and few.stat().st_size < many.stat().st_size
+        )
 
 
 def test_a_data_set_that_is_there_is_not_made_again(hub, server, capsys):
@@ -169,7 +190,9 @@ def test_a_server_with_faults_makes_no_difference(hub, server):
     assert contents(run(dataset="again")) == expected
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst"])
+@pytest.mark.parametrize(
+    "suffix", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst"]
+)
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)
     documents = [f"{d}\n" for d in make_documents(200) if "<|" not in d]
@@ -187,7 +210,9 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch, suff
     (Path("texts") / f"some{suffix}").write_bytes(content)
     Path("texts/notes.md").write_text("not a text to train on")
     folder = run(input="texts", dataset="mine")
-    tok = tokenizer.from_dict(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["tokenizer"])
+    tok = tokenizer.from_dict(
+        json.loads((folder / "meta.json").read_text(encoding="utf-8"))["tokenizer"]
+    )
     train, val, _ = naive(documents, tok.encoding, 0.1)
     assert np.fromfile(folder / "train.bin", "<u2").tolist() == train
     assert np.fromfile(folder / "val.bin", "<u2").tolist() == val
@@ -204,12 +229,16 @@ def test_a_long_text_file_is_cut_at_ends_of_lines(tmp_path):
 def test_bytes_that_are_no_utf8_are_mended_and_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts = [f"number {i} " * 40 + "\n" for i in range(60)]
-    Path("a.txt").write_bytes("<|endoftext|>\n".join(texts).encode() + b"<|endoftext|>\nbad \xff byte" + b" more" * 60)
+    Path("a.txt").write_bytes(
+        "<|endoftext|>\n".join(texts).encode() + b"<|endoftext|>\nbad \xff byte" + b" more" * 60
+    )
     folder = run(input="a.txt", dataset="mine", tokenizer="bpe")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     assert meta["source"]["documents"]["mended: bytes that were no UTF-8"] == 1
     tok = tokenizer.from_dict(meta["tokenizer"])
-    text = tok.decode(np.concatenate([np.fromfile(folder / n, "<u2") for n in ("train.bin", "val.bin")]).tolist())
+    text = tok.decode(
+        np.concatenate([np.fromfile(folder / n, "<u2") for n in ("train.bin", "val.bin")]).tolist()
+    )
     assert "bad \ufffd byte" in text
 
 
@@ -273,7 +302,9 @@ def test_interrupted_at_each_step_it_goes_on(hub, monkeypatch, after):
             patch.setattr(prepare, "write_meta", interrupt)
         else:
             patch.setattr(
-                prepare.Path, "unlink", lambda path, **_: interrupt() if path.name == "progress.json" else None
+                prepare.Path,
+                "unlink",
+                lambda path, **_: interrupt() if path.name == "progress.json" else None,
             )
         with pytest.raises(Interrupted):
             run(dataset="again")
@@ -346,7 +377,12 @@ def test_an_option_out_of_range_gets_one_line(options, words):
 
 
 def test_sizes_are_decimal():
-    assert [prepare.parse_size(s) for s in ("1B", "1.5KB", "250MB", "12gb")] == [1, 1500, 250e6, 12e9]
+    assert [prepare.parse_size(s) for s in ("1B", "1.5KB", "250MB", "12gb")] == [
+        1,
+        1500,
+        250e6,
+        12e9,
+    ]
 
 
 def test_a_full_disk_is_noticed_before_the_start(hub, monkeypatch):
@@ -367,7 +403,9 @@ def test_a_disk_that_fills_up_on_the_way_costs_nothing(hub, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare.Unfinished, "shard_done", full)
-        with pytest.raises(UserError, match=r"No space left on device, with .* bytes free; what is done is kept"):
+        with pytest.raises(
+            UserError, match=r"No space left on device, with .* bytes free; what is done is kept"
+        ):
             run(dataset="again")
     assert json.loads(Path("data/again/progress.json").read_text())["shards"] == 2
     assert contents(run(dataset="again")) == expected
@@ -397,7 +435,9 @@ def test_a_token_goes_to_the_hub(hub, server, monkeypatch):
     send = requests.Session.send
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(
-        requests.Session, "send", lambda s, r, **o: seen.append(r.headers.get("Authorization")) or send(s, r, **o)
+        requests.Session,
+        "send",
+        lambda s, r, **o: seen.append(r.headers.get("Authorization")) or send(s, r, **o),
     )
     run(size="100KB")
     assert set(seen) == {"Bearer hf_secret"}

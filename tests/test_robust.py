@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train import logged, options
 
-import checkpoint
-import report
 import train
-from checkpoint import load_checkpoint
 from configurator import UserError, one_line, read_options
-from data import Dataset
+from support import checkpoint
+from support import log as report
+from support.checkpoint import load_checkpoint
+from support.data import Dataset
 
 TRAIN = ROOT / "train.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -36,7 +36,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_runs_end_with_the_same_bits(kills):
     script = ROOT / "tests" / "kill_training.py"
-    done = subprocess.run([sys.executable, script, f"--kills={kills}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, f"--kills={kills}"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert f"killed {kills} times" in done.stdout and "equal to the last bit" in done.stdout
     print(done.stdout)
@@ -61,12 +63,19 @@ def test_checkpoints_between_evaluations_bound_what_is_lost(tiny_run, monkeypatc
     assert saved == [0, 1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]
 
 
-def test_saving_waits_for_its_interval_and_for_a_hundred_times_its_own_length(tiny_run, monkeypatch):
+def test_saving_waits_for_its_interval_and_for_a_hundred_times_its_own_length(
+    tiny_run, monkeypatch
+):
     config = read_options(train.TrainConfig, options(tiny_run, checkpoint_interval=60))
     trainer = train.Trainer(config, train.Processes(config))
     now = trainer.saved_at
     monkeypatch.setattr(train.time, "perf_counter", lambda: now)
-    for save_seconds, age, due in ((0.1, 59, False), (0.1, 61, True), (1.0, 61, False), (1.0, 101, True)):
+    for save_seconds, age, due in (
+        (0.1, 59, False),
+        (0.1, 61, True),
+        (1.0, 61, False),
+        (1.0, 101, True),
+    ):
         trainer.save_seconds, now = save_seconds, trainer.saved_at + age
         assert trainer.save_is_due() is due
 
@@ -86,7 +95,9 @@ train.Trainer.train_step = slow
 train.main(train.configure(train.TrainConfig, {args!r}))
 """
     command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     for line in process.stdout:
         if line == "waiting\n":
             break
@@ -112,7 +123,9 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), "from the allocator"])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), "from the allocator"]
+)
 def test_running_out_of_memory_says_what_to_set(tiny_run, monkeypatch, error):
     def train_step(*_):
         if isinstance(error, str):
@@ -121,7 +134,8 @@ def test_running_out_of_memory_says_what_to_set(tiny_run, monkeypatch, error):
 
     monkeypatch.setattr(train.Trainer, "train_step", train_step)
     with pytest.raises(
-        UserError, match="out of memory at batch_size=4; lower it, and raise gradient_accumulation_steps=2"
+        UserError,
+        match="out of memory at batch_size=4; lower it, and raise gradient_accumulation_steps=2",
     ):
         tiny_run()
 
@@ -132,7 +146,11 @@ def test_running_out_of_memory_says_what_to_set(tiny_run, monkeypatch, error):
 def torchrun(*args: str, script: list) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(
-        [*TORCHRUN, *args, *script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        [*TORCHRUN, *args, *script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
     )
 
 
@@ -155,7 +173,9 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_as_if_nothing_had_been(ti
     while not (log.exists() and log.read_text(encoding="utf-8").count("\n") > 60):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    workers = [c for c in psutil.Process(process.pid).children() if "train.py" in " ".join(c.cmdline())]
+    workers = [
+        c for c in psutil.Process(process.pid).children() if "train.py" in " ".join(c.cmdline())
+    ]
     assert len(workers) == 2
     workers[1].kill()
     out = finish(process)
@@ -166,7 +186,9 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_as_if_nothing_had_been(ti
 
 def test_a_run_goes_on_with_another_number_of_processes(tiny_run):
     tiny_run(out_dir="out/one", dtype="float32", dropout=0.1)
-    common = dict(out_dir="out/mixed", dtype="float32", dropout=0.1, lr_decay_iters=12, init_from="auto")
+    common = dict(
+        out_dir="out/mixed", dtype="float32", dropout=0.1, lr_decay_iters=12, init_from="auto"
+    )
     script = [TRAIN, *options(tiny_run, **{**common, "max_iters": 5})]
     finish(torchrun("--standalone", "--nproc_per_node=2", script=script))
     tiny_run(**common)
@@ -179,7 +201,12 @@ def test_two_machines_are_one(tiny_run):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    meet = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+    ]
     meet += ["--rdzv_id=test", "--local_addr=127.0.0.1"]
     args = options(tiny_run, out_dir="out/two", dtype="float32")
     outputs = [finish(p) for p in [torchrun(*meet, script=[TRAIN, *args]) for _ in range(2)]]
@@ -263,7 +290,11 @@ def test_a_gradient_that_is_not_finite_is_named(tiny_run, monkeypatch):
         norm.register_full_backward_hook(lambda *_: (torch.full_like(_[1][0], float("nan")),))
 
     message = poisoned(tiny_run, monkeypatch, poison)
-    assert "the loss is 2." in message and "the gradient nan" in message and "the gradient of transformer." in message
+    assert (
+        "the loss is 2." in message
+        and "the gradient nan" in message
+        and "the gradient of transformer." in message
+    )
 
 
 def test_steps_that_the_float16_scaler_leaves_out_are_no_errors(tiny_run, monkeypatch):
@@ -291,7 +322,9 @@ def run_with_largest_file(size: int, *args: str) -> subprocess.CompletedProcess:
     code = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
     code += "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", code, TRAIN, *args], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, TRAIN, *args], capture_output=True, text=True
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit to set on the size of files")
@@ -302,7 +335,11 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tiny_run):
     done = run_with_largest_file(20_000, *args)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     needed = checkpoint.tensor_bytes(load_checkpoint(out_dir / "best.pt")[1])
-    for words in ("best.pt: can not be written (File too large)", f"needs {needed:,} bytes", "are free"):
+    for words in (
+        "best.pt: can not be written (File too large)",
+        f"needs {needed:,} bytes",
+        "are free",
+    ):
         assert words in done.stderr
     assert (out_dir / "ckpt.pt").read_bytes() == before and not list(out_dir.glob("*.tmp"))
     resumed = tiny_run(init_from="resume", max_iters=24, lr_decay_iters=24)
@@ -314,13 +351,20 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tiny_run):
 def test_a_log_that_can_not_grow_ends_in_one_line(tiny_run):
     done = run_with_largest_file(100, *options(tiny_run))
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "out/tiny/log.jsonl: can not grow (File too large)" in done.stderr and "are free" in done.stderr
+    assert (
+        "out/tiny/log.jsonl: can not grow (File too large)" in done.stderr
+        and "are free" in done.stderr
+    )
 
 
-@pytest.mark.skipif(not Path("/sys/kernel").exists(), reason="a folder that not even root may write to is Linux's")
+@pytest.mark.skipif(
+    not Path("/sys/kernel").exists(), reason="a folder that not even root may write to is Linux's"
+)
 def test_a_folder_without_permission_is_named(tiny_run):
     done = subprocess.run(
-        [sys.executable, TRAIN, *options(tiny_run, out_dir="/sys/run")], capture_output=True, text=True
+        [sys.executable, TRAIN, *options(tiny_run, out_dir="/sys/run")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "/sys/run" in done.stderr
@@ -328,7 +372,9 @@ def test_a_folder_without_permission_is_named(tiny_run):
 
 # Damaged files, by the hundred
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+FUZZ = settings(
+    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 damages = st.one_of(
     st.tuples(st.just("cut"), st.floats(0, 1, exclude_max=True)),
     st.tuples(st.just("flip"), st.floats(0, 1, exclude_max=True)),
@@ -487,7 +533,9 @@ def test_a_scale_of_float16_that_only_falls_stops_the_run(tiny_run, monkeypatch)
     def poisoned_init(trainer, *args):
         made(trainer, *args)
         norm = trainer.model.transformer.h[0].ln_1
-        norm.register_full_backward_hook(lambda _module, grads, _outputs: (torch.full_like(grads[0], float("nan")),))
+        norm.register_full_backward_hook(
+            lambda _module, grads, _outputs: (torch.full_like(grads[0], float("nan")),)
+        )
 
     made = train.Trainer.__init__
     monkeypatch.setattr(train.Trainer, "__init__", poisoned_init)

@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT
 
 import sample
-from checkpoint import load_checkpoint
 from configurator import UserError
 from sample import SampleConfig
+from support.checkpoint import load_checkpoint
 
 
 @pytest.fixture
@@ -42,7 +42,11 @@ def test_prompt_may_come_from_a_file(run, capsys):
 
 
 def test_top_k_of_one_and_temperature_zero_are_the_likeliest_text(run, capsys):
-    assert said(capsys, run, top_k=1) == said(capsys, run, temperature=0.0) == said(capsys, run, top_p=1e-6)
+    assert (
+        said(capsys, run, top_k=1)
+        == said(capsys, run, temperature=0.0)
+        == said(capsys, run, top_p=1e-6)
+    )
 
 
 def test_best_checkpoint_can_be_sampled(run, capsys):
@@ -76,7 +80,8 @@ def test_mistakes_are_named(run, options, words, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("num_samples", 0), ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)]
+    ("name", "value"),
+    [("num_samples", 0), ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)],
 )
 def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(UserError, match=f"{name} is {value}"):
@@ -84,7 +89,13 @@ def test_options_out_of_range_are_refused(name, value):
 
 
 def test_reader_that_has_seen_enough_is_no_error(run):
-    command = [sys.executable, ROOT / "sample.py", f"--out_dir={run}", "--start=3", "--max_new_tokens=3000"]
+    command = [
+        sys.executable,
+        ROOT / "sample.py",
+        f"--out_dir={run}",
+        "--start=3",
+        "--max_new_tokens=3000",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.read(5)
     process.stdout.close()

@@ -14,12 +14,12 @@ import torch
 from conftest import ROOT, TEXT
 from test_model import reference
 
-import report
-import runtime
 import train
-from checkpoint import load_checkpoint
 from configurator import UserError, read_options
-from muon import Muon
+from support import log as report
+from support import runtime
+from support.checkpoint import load_checkpoint
+from support.optimizers import Muon
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,10 @@ CPU = torch.device("cpu")
 def logged(out_dir: Path) -> list[dict]:
     """The records of a run, without what depends on the clock."""
     clock = {"seconds", "tokens_per_second"}
-    return [{k: v for k, v in r.items() if k not in clock} for r in report.read_log(out_dir / "log.jsonl")]
+    return [
+        {k: v for k, v in r.items() if k not in clock}
+        for r in report.read_log(out_dir / "log.jsonl")
+    ]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -46,7 +49,9 @@ def options(tiny_run, **changed) -> list[str]:
 
 
 def test_two_runs_with_one_seed_end_with_the_same_bits_and_another_seed_does_not(tiny_run):
-    a, b, c = (tiny_run(out_dir=f"out/{i}", seed=seed, dropout=0.1) for i, seed in enumerate((1, 1, 2)))
+    a, b, c = (
+        tiny_run(out_dir=f"out/{i}", seed=seed, dropout=0.1) for i, seed in enumerate((1, 1, 2))
+    )
     assert_same_run(a, b)
     weights = [load_checkpoint(path / "ckpt.pt")[1]["model"]["lm_head.weight"] for path in (a, c)]
     assert not torch.equal(*weights)
@@ -86,9 +91,17 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_run, monkeypat
     monkeypatch.setattr(train.Trainer, "train_step", stop_after_steps)
     for init_from in ("scratch", "resume", "resume"):
         with pytest.raises(SystemExit) as exit_:
-            tiny_run(out_dir="out/parts", init_from=init_from, sample_interval=6, sample_start="1", **changed)
+            tiny_run(
+                out_dir="out/parts",
+                init_from=init_from,
+                sample_interval=6,
+                sample_start="1",
+                **changed,
+            )
         assert exit_.value.code == 143
-    tiny_run(out_dir="out/parts", init_from="resume", sample_interval=6, sample_start="1", **changed)
+    tiny_run(
+        out_dir="out/parts", init_from="resume", sample_interval=6, sample_start="1", **changed
+    )
     assert_same_run(whole, Path("out/parts"))
     assert len(logged(whole)) == 12 + 3
 
@@ -96,7 +109,9 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_run, monkeypat
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_run):
     """torch's own AdamW on the mean loss of all eight sequences of a step."""
     out_dir = tiny_run(max_iters=3, grad_clip=0.5, weight_decay=0.3, dtype="float32")
-    config = read_options(train.TrainConfig, options(tiny_run, max_iters=3, grad_clip=0.5, weight_decay=0.3))
+    config = read_options(
+        train.TrainConfig, options(tiny_run, max_iters=3, grad_clip=0.5, weight_decay=0.3)
+    )
     trainer = train.Trainer(config, train.Processes(config))
     ours = trainer.model
     optimizer = torch.optim.AdamW(
@@ -114,7 +129,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_run):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(ours.parameters(), 0.5)
         record = [r for r in logged(out_dir) if "loss" in r][step]
-        assert (record["loss"], record["grad_norm"]) == pytest.approx((loss.item(), norm.item()), rel=1e-4)
+        assert (record["loss"], record["grad_norm"]) == pytest.approx(
+            (loss.item(), norm.item()), rel=1e-4
+        )
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, config)
         optimizer.step()
@@ -147,7 +164,10 @@ def test_muon_steps_as_torch_does(dtype):
     shapes = [(48, 16), (16, 16), (48, 16), (16, 64), (64, 16), (16, 16)]
     start = [torch.randn(shape) for shape in shapes]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
-    optimizers = Muon(ours, lr=0.1, weight_decay=0.2, dtype=dtype), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)
+    optimizers = (
+        Muon(ours, lr=0.1, weight_decay=0.2, dtype=dtype),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2),
+    )
     for _ in range(10):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a)
@@ -160,22 +180,37 @@ def test_muon_steps_as_torch_does(dtype):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
-def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest_at_proportional_rates(tiny_run, monkeypatch):
-    config = read_options(train.TrainConfig, options(tiny_run, optimizer="muon", muon_lr=0.5, learning_rate=0.1))
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest_at_proportional_rates(
+    tiny_run, monkeypatch
+):
+    config = read_options(
+        train.TrainConfig, options(tiny_run, optimizer="muon", muon_lr=0.5, learning_rate=0.1)
+    )
     trainer = train.Trainer(config, train.Processes(config))
     muon, adamw = trainer.optimizers
     assert type(muon) is Muon and type(adamw) is torch.optim.AdamW
     in_muon = {p for group in muon.param_groups for p in group["params"]}
     assert in_muon == {p for p in trainer.model.transformer.h.parameters() if p.dim() == 2}
-    assert [group["weight_decay"] for group in muon.param_groups + adamw.param_groups] == [0.1, 0.1, 0.0]
+    assert [group["weight_decay"] for group in muon.param_groups + adamw.param_groups] == [
+        0.1,
+        0.1,
+        0.0,
+    ]
     trainer.train_step(0, lr=0.02)
-    assert [group["lr"] for group in muon.param_groups + adamw.param_groups] == pytest.approx([0.1, 0.02, 0.02])
+    assert [group["lr"] for group in muon.param_groups + adamw.param_groups] == pytest.approx(
+        [0.1, 0.02, 0.02]
+    )
 
 
 def test_learning_rate_is_that_of_torch_schedulers():
     for shape in ("cosine", "linear"):
         config = train.TrainConfig(
-            learning_rate=0.5, min_lr=0.1, warmup_iters=10, max_iters=50, lr_decay_iters=40, lr_schedule=shape
+            learning_rate=0.5,
+            min_lr=0.1,
+            warmup_iters=10,
+            max_iters=50,
+            lr_decay_iters=40,
+            lr_schedule=shape,
         )
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
         lrs = torch.optim.lr_scheduler
@@ -186,7 +221,9 @@ def test_learning_rate_is_that_of_torch_schedulers():
             decay = lrs.LinearLR(optimizer, 1.0, end_factor=0.2, total_iters=30)
         scheduler = lrs.SequentialLR(optimizer, [warmup, decay], milestones=[10])
         for step in range(41):
-            assert train.learning_rate(step, config) == pytest.approx(optimizer.param_groups[0]["lr"]), (shape, step)
+            assert train.learning_rate(step, config) == pytest.approx(
+                optimizer.param_groups[0]["lr"]
+            ), (shape, step)
             optimizer.step()
             scheduler.step()
         assert train.learning_rate(49, config) == pytest.approx(0.1)
@@ -194,7 +231,11 @@ def test_learning_rate_is_that_of_torch_schedulers():
 
 
 def test_a_run_learns(tiny_run):
-    evaluations = [r for r in logged(tiny_run(max_iters=150, eval_interval=150, eval_iters=5)) if "val_loss" in r]
+    evaluations = [
+        r
+        for r in logged(tiny_run(max_iters=150, eval_interval=150, eval_iters=5))
+        if "val_loss" in r
+    ]
     assert evaluations[0]["val_loss"] == pytest.approx(math.log(18), rel=0.02)
     assert evaluations[-1]["val_loss"] < 1.7
 
@@ -204,17 +245,29 @@ def test_a_run_learns(tiny_run):
 
 def test_a_run_leaves_its_log_samples_picture_and_checkpoints(tiny_run, capsys):
     out_dir = tiny_run(sample_interval=12, sample_start="3 times", sample_tokens=20)
-    assert {p.name for p in out_dir.iterdir()} == {"ckpt.pt", "best.pt", "log.jsonl", "samples.md", "loss.png"}
+    assert {p.name for p in out_dir.iterdir()} == {
+        "ckpt.pt",
+        "best.pt",
+        "log.jsonl",
+        "samples.md",
+        "loss.png",
+    }
     records = logged(out_dir)
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
     samples = [r["sample"] for r in records if "sample" in r]
     assert len(samples) == 2 and all(s.startswith("3 times") and len(s) == 27 for s in samples)
-    markdown, printed = (out_dir / "samples.md").read_text(encoding="utf-8"), capsys.readouterr().out
+    markdown, printed = (
+        (out_dir / "samples.md").read_text(encoding="utf-8"),
+        capsys.readouterr().out,
+    )
     assert all(sample in markdown for sample in samples)
     assert "epoch | training loss | validation loss | the model says" in printed
     assert f"{records[-1]['val_loss']:.4f}" in printed
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert load_checkpoint(out_dir / "best.pt")[1].keys() < load_checkpoint(out_dir / "ckpt.pt")[1].keys()
+    assert (
+        load_checkpoint(out_dir / "best.pt")[1].keys()
+        < load_checkpoint(out_dir / "ckpt.pt")[1].keys()
+    )
 
 
 def test_best_checkpoint_has_the_weights_of_the_lowest_validation_loss(tiny_run, monkeypatch):
@@ -233,7 +286,9 @@ def test_always_save_checkpoint_false_keeps_the_best_alone(tiny_run, monkeypatch
 
 
 def test_target_val_loss_stops_the_run(tiny_run):
-    evaluations = [r for r in logged(tiny_run(eval_interval=2, target_val_loss=2.8)) if "val_loss" in r]
+    evaluations = [
+        r for r in logged(tiny_run(eval_interval=2, target_val_loss=2.8)) if "val_loss" in r
+    ]
     assert len(evaluations) < 7
     assert evaluations[-1]["val_loss"] <= 2.8 < evaluations[-2]["val_loss"]
 
@@ -244,9 +299,15 @@ def test_eval_only_prints_the_losses_and_writes_nothing(tiny_run, capsys):
     capsys.readouterr()
     tiny_run(init_from="resume", eval_only=True)
     said, end = capsys.readouterr().out, logged(out_dir)[-1]
-    assert f"step 12: training loss {end['train_loss']:.4f}, validation loss {end['val_loss']:.4f}" in said
+    assert (
+        f"step 12: training loss {end['train_loss']:.4f}, validation loss {end['val_loss']:.4f}"
+        in said
+    )
     # In data/tiny a token is a character of one byte.
-    assert f"perplexity {math.exp(end['val_loss']):.2f}, {end['val_loss'] / math.log(2):.4f} bits per byte" in said
+    assert (
+        f"perplexity {math.exp(end['val_loss']):.2f}, {end['val_loss'] / math.log(2):.4f} bits per byte"
+        in said
+    )
     assert {p: p.read_bytes() for p in out_dir.iterdir()} == before
 
 
@@ -268,7 +329,9 @@ def test_a_new_run_does_not_cost_an_earlier_one(tiny_run, capsys):
     for _ in range(3):
         contents.append((tiny_run(seed=len(contents)) / "ckpt.pt").read_bytes())
     assert "the earlier run in out/tiny is now in out/tiny.2" in capsys.readouterr().out
-    assert [Path(f"out/{name}/ckpt.pt").read_bytes() for name in ("tiny.1", "tiny.2", "tiny")] == contents
+    assert [
+        Path(f"out/{name}/ckpt.pt").read_bytes() for name in ("tiny.1", "tiny.2", "tiny")
+    ] == contents
 
 
 def test_speed_is_that_of_the_steps_since_the_last_line_or_evaluation(tiny_run, monkeypatch):
@@ -287,7 +350,9 @@ def test_speed_is_that_of_the_steps_since_the_last_line_or_evaluation(tiny_run, 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_run, name):
     args = options(tiny_run, max_iters=100_000, eval_interval=100_000)
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *args], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *args], stdout=subprocess.PIPE, text=True
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -299,13 +364,22 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_run, name):
     assert step >= 20 and f"step {step}" in lines[-1]
 
 
-@pytest.mark.parametrize("changed", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"compile": True}], ids=str
+)
 def test_two_processes_are_one(tiny_run, changed):
     common = {"dtype": "float32", "dropout": 0.1, "gradient_accumulation_steps": 4, **changed}
-    one = tiny_run(out_dir="out/one", **{**common, "compile": False, "dropout": 0.0 if "compile" in changed else 0.1})
-    args = options(tiny_run, out_dir="out/two", **{**common, "dropout": 0.0 if "compile" in changed else 0.1})
+    one = tiny_run(
+        out_dir="out/one",
+        **{**common, "compile": False, "dropout": 0.0 if "compile" in changed else 0.1},
+    )
+    args = options(
+        tiny_run, out_dir="out/two", **{**common, "dropout": 0.0 if "compile" in changed else 0.1}
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, ROOT / "train.py", *args], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, ROOT / "train.py", *args], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters:") == 1
     assert ("\ncompiled in" in done.stdout) is ("compile" in changed)
@@ -313,16 +387,21 @@ def test_two_processes_are_one(tiny_run, changed):
     assert len(a) == len(b)
     for ours, theirs in zip(a, b, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
-    weights = [load_checkpoint(Path("out") / name / "ckpt.pt")[1]["model"] for name in ("one", "two")]
+    weights = [
+        load_checkpoint(Path("out") / name / "ckpt.pt")[1]["model"] for name in ("one", "two")
+    ]
     # Muon's products are in bfloat16, which makes more of a difference in the last digits of a gradient.
-    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-2 if changed.get("optimizer") == "muon" else 1e-3)
+    torch.testing.assert_close(
+        *weights, rtol=1e-2, atol=1e-2 if changed.get("optimizer") == "muon" else 1e-3
+    )
 
 
 def test_accumulation_that_can_not_be_divided_says_what_to_set(tiny_run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
-        UserError, match="gradient_accumulation_steps=2 can not be divided among 4 processes; set it to a"
+        UserError,
+        match="gradient_accumulation_steps=2 can not be divided among 4 processes; set it to a",
     ):
         tiny_run()
 
@@ -347,7 +426,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_r
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_loss_that_is_not_finite_is_named_however_late_it_is_read_and_changes_no_weight(tiny_run, optimizer):
+def test_a_loss_that_is_not_finite_is_named_however_late_it_is_read_and_changes_no_weight(
+    tiny_run, optimizer
+):
     """On a GPU the figures of a step are read at the next line of the log."""
     config = read_options(train.TrainConfig, options(tiny_run, optimizer=optimizer))
     trainer = train.Trainer(config, train.Processes(config))
@@ -409,10 +490,17 @@ def test_options_out_of_range_are_refused(argument, words):
 
 def test_mistakes_at_run_time_end_in_one_line_with_exit_code_1(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--dataset=nowhere"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, ROOT / "train.py", "--dataset=nowhere"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("error: data") and "prepare" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: data")
+        and "prepare" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -424,7 +512,9 @@ def test_prompt_outside_of_the_vocabulary_is_refused_before_training(tiny_run):
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_missing_package_for_watching_ends_in_one_line(tiny_run, monkeypatch, name):
-    for module in [m for m in sys.modules if m.split(".")[0] == name or m.startswith("torch.utils.tensorboard")]:
+    for module in [
+        m for m in sys.modules if m.split(".")[0] == name or m.startswith("torch.utils.tensorboard")
+    ]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=f"pip install {name}"):
@@ -439,17 +529,27 @@ def test_tensorboard_gets_what_the_log_gets(tiny_run):
     events.Reload()
     for name in ("loss", "val_loss", "lr"):
         logged = [(r["step"], r[name]) for r in report.read_log(out_dir / "log.jsonl") if name in r]
-        assert [(e.step, e.value) for e in events.Scalars(name)] == [(s, pytest.approx(v, rel=1e-6)) for s, v in logged]
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [
+            (s, pytest.approx(v, rel=1e-6)) for s, v in logged
+        ]
     assert events.Tags()["tensors"] == ["sample/text_summary"]
 
 
 def test_wandb_gets_what_the_log_gets(tiny_run, monkeypatch):
     calls = []
-    run = type("Run", (), {"log": lambda _, figures, step: calls.append((step, figures)), "finish": lambda _: None})()
-    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"init": staticmethod(lambda **_: run)}))
+    run = type(
+        "Run",
+        (),
+        {"log": lambda _, figures, step: calls.append((step, figures)), "finish": lambda _: None},
+    )()
+    monkeypatch.setitem(
+        sys.modules, "wandb", type("wandb", (), {"init": staticmethod(lambda **_: run)})
+    )
     out_dir = tiny_run(wandb_log=True)
     records = report.read_log(out_dir / "log.jsonl")
-    assert [(r.pop("step"), r) for r in records if r.pop("epoch") >= 0 and r.pop("seconds") >= 0] == calls
+    assert [
+        (r.pop("step"), r) for r in records if r.pop("epoch") >= 0 and r.pop("seconds") >= 0
+    ] == calls
 
 
 # Device, dtype and compile
@@ -465,10 +565,16 @@ def test_device_and_dtype_are_resolved(monkeypatch):
     with pytest.raises(UserError, match="'gpu': not a device"):
         runtime.resolve_device("gpu")
     for native in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native
+        )
         expected = torch.bfloat16 if native else torch.float32
         assert runtime.resolve_dtype("auto", torch.device("cuda")) == expected
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx2": True, "avx512_bf16": native})
+        monkeypatch.setattr(
+            torch.cpu,
+            "get_capabilities",
+            lambda native=native: {"avx2": True, "avx512_bf16": native},
+        )
         assert runtime.resolve_dtype("auto", CPU) == expected
     assert runtime.resolve_dtype("float16", CPU) == torch.float16
     assert runtime.resolve_dtype("auto", torch.device("mps")) == torch.float32
@@ -519,7 +625,9 @@ def test_float32_and_bfloat16_runs_agree(tiny_run):
 def test_progress_is_lines_where_output_is_no_terminal(tiny_run, capsys):
     tiny_run()
     printed = capsys.readouterr()
-    assert all(part in printed.out for part in ("| loss ", "tokens/s", "left")) and printed.err == ""
+    assert (
+        all(part in printed.out for part in ("| loss ", "tokens/s", "left")) and printed.err == ""
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a terminal for a test is POSIX's to give")
@@ -553,4 +661,7 @@ def test_json_log_has_the_documented_keys(tiny_run):
     lines = (tiny_run() / "log.jsonl").read_text(encoding="utf-8").splitlines()
     step = {"step", "epoch", "seconds", "loss", "grad_norm", "lr", "tokens_per_second"}
     evaluation = {"step", "epoch", "seconds", "train_loss", "val_loss"}
-    assert {frozenset(json.loads(line)) for line in lines} == {frozenset(step), frozenset(evaluation)}
+    assert {frozenset(json.loads(line)) for line in lines} == {
+        frozenset(step),
+        frozenset(evaluation),
+    }

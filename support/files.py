@@ -1,0 +1,78 @@
+"""Read and write whole files: atomic writes, UTF-8 text, checksums, free space, locks."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from configurator import UserError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator:
+    """Yield a binary file that appears at `path` complete and on the disk, or not at all.
+
+    The content goes to a temporary file in the same folder, which then replaces `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_folder(folder: Path, seconds: float = 0) -> Iterator[None]:
+    """Hold the only lock on `folder` while the block runs, so that two processes never write there.
+
+    Waits up to `seconds` for another process, then raises UserError. The lock is a file beside the
+    folder, which itself may be moved meanwhile. The system releases the lock when a process ends,
+    even when it is killed.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise UserError(
+            f"{folder}: another process is at work there; wait for it to end or choose another folder"
+        ) from None
+    except NotImplementedError:  # a file system without locks, as some network drives are
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space, in bytes, of the disk where `path` is or will be."""
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file without changing its line ends. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None

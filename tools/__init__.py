@@ -1,0 +1,1 @@
+"""Programs around a trained model: `python -m tools.NAME` from the root of the repository."""
