@@ -1,6 +1,6 @@
-"""Options: a dataclass, config files and --key=value arguments become one checked, frozen object.
+"""Turn a dataclass, config files and --key=value arguments into one checked, frozen object.
 
-The dataclass is the whole interface. A field's default is the option's default, its annotation is
+The dataclass is the whole interface. A field's default is the option's default, its annotation says
 what the option accepts, and the comment behind it is what --help prints:
 
     @dataclass(frozen=True)
@@ -9,17 +9,16 @@ what the option accepts, and the comment behind it is what --help prints:
 
     config = configure(Options)    # python script.py config/big.py --batch_size=64
 
-Arguments apply from left to right. A config file is Python that assigns to option names; it sees
-their current values, and its own helper names begin with an underscore.
+Arguments apply from left to right. A config file is Python that assigns to option names. It sees
+their current values; names of its own begin with an underscore.
 """
 
 import ast
 import difflib
-import io
 import math
 import os
+import re
 import sys
-import tokenize
 import types
 import typing
 from dataclasses import fields
@@ -29,13 +28,13 @@ from textwrap import dedent
 
 
 class UserError(ValueError):
-    """Something that the user can put right. Its one line names the thing, the value and the remedy."""
+    """A mistake that the user can correct. One line: the thing, its value, and what to do."""
 
 
 def configure(cls: type, argv: list[str] | None = None):
-    """Return an instance of the dataclass `cls` made from `argv` (by default the command line).
+    """Return an instance of the dataclass `cls` made from `argv`, by default the command line.
 
-    Ends the process with exit code 0 after --help, and with one line and exit code 2 on a mistake.
+    Exits with code 0 after --help, and with one line and code 2 on a mistake.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -49,13 +48,13 @@ def configure(cls: type, argv: list[str] | None = None):
 
 
 def run(main: typing.Callable, config) -> None:
-    """Call `main(config)`; what the user or the system did wrong ends in one line and exit code 1."""
+    """Call main(config). Errors of the user or the system end in one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):  # a pipe on Windows would choose another encoding
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main(config)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
+    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
@@ -66,11 +65,20 @@ def run(main: typing.Callable, config) -> None:
 
 
 def one_line(error: Exception) -> str:
+    """Return the message of `error` without line breaks."""
     return " ".join(str(error).split())
 
 
+def check_range(options, low: float, high: float, *names: str) -> None:
+    """Raise UserError if one of these fields is below `low` or above `high`. None passes."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{name}={value} must be at least {low:,} and at most {high:,}")
+
+
 def read_options(cls: type, argv: list[str]):
-    """`configure` without its exits: raises UserError."""
+    """Return what `configure` returns. Raises UserError on a mistake."""
     accepted = typing.get_type_hints(cls)
     values = {field.name: field.default for field in fields(cls)}
     for arg in argv:
@@ -84,7 +92,7 @@ def read_options(cls: type, argv: list[str]):
         elif bool in alternatives(accepted[name]):
             value = True
         else:
-            raise UserError(f"{arg}: needs a value, as in --{name}={values[name]}")
+            raise UserError(f"{arg} needs a value, as in --{name}={values[name]}")
         values[name] = check_value(name, value, accepted[name], arg)
     return cls(**values)
 
@@ -92,7 +100,9 @@ def read_options(cls: type, argv: list[str]):
 def read_config_file(path: str, values: dict, accepted: dict) -> dict:
     """Run the config file at `path` and return `values` with its assignments."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such config file; an option is written --name=value")
+        near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), n=1)
+        hint = f"did you mean {near[0]}?" if near else "an option is written --name=value"
+        raise UserError(f"{path}: no such config file; {hint}")
     namespace = {**values, "__name__": "config", "__file__": path}
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
@@ -103,25 +113,26 @@ def read_config_file(path: str, values: dict, accepted: dict) -> dict:
         if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
         check_name(name, accepted, path)
-        values[name] = check_value(name, value, accepted[name], f"{path}: {name}")
+        values[name] = check_value(name, value, accepted[name], path)
     return values
 
 
 def check_name(name: str, accepted: dict, where: str) -> None:
+    """Raise UserError, with the most similar option, if there is no option `name`."""
     if name not in accepted:
         near = difflib.get_close_matches(name, accepted, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "--help lists them all"
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists all options"
         raise UserError(f"{where}: there is no option {name!r}; {hint}")
 
 
 def alternatives(annotation) -> tuple:
-    """int | None -> (int, NoneType); int -> (int,)"""
+    """Return the types that an annotation allows: int | None -> (int, NoneType); int -> (int,)."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def parse(text: str, annotation):
-    """The value that `text` writes: a Python literal, or the text itself."""
+    """Return the value that `text` stands for: a Python literal, or the text itself."""
     if annotation is str:
         return text
     if text in ("true", "false"):
@@ -133,51 +144,38 @@ def parse(text: str, annotation):
 
 
 def check_value(name: str, value, annotation, where: str):
-    """Return `value` if `annotation` admits it; an int becomes a float where only that will do."""
-    names = []
+    """Return `value` if `annotation` allows it; an int becomes a float where only a float fits."""
+    if type(value) is int and abs(value) >= 1 << 63:
+        raise UserError(f"{where}: {name} must be below 2 ** 63")
+    expected = []
     for kind in alternatives(annotation):
         if typing.get_origin(kind) is typing.Literal:
             if value in typing.get_args(kind):
                 return value
-            names += map(repr, typing.get_args(kind))
+            expected += map(repr, typing.get_args(kind))
             continue
-        if type(value) is kind and not (kind is float and not math.isfinite(value)):
-            return value
-        if kind is float and type(value) is int and abs(value) < 1 << 1000:
+        if kind is float and type(value) is int:
             return float(value)
-        names.append(
-            {int: "an integer", float: "a number", str: "a string", bool: "True or False"}.get(
-                kind, "None"
-            )
-        )
-    raise UserError(f"{where}: {name} is {value!r} but must be {' or '.join(names)}")
+        finite = kind is not float or type(value) is float and math.isfinite(value)
+        if type(value) is kind and finite and "\0" not in str(value):  # no path has a NUL
+            return value
+        names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
+        expected.append(names.get(kind, "None"))
+    raise UserError(f"{where}: {name} is {value!r} but must be {' or '.join(expected)}")
 
 
 def help_text(cls: type) -> str:
-    """Every option with its default and its comment; a comment on its own line is a heading."""
-    lines = [
-        dedent(cls.__doc__).strip(),
-        "",
-        f"usage: python {Path(sys.argv[0]).name} [config.py ...] [--option=value ...]",
-    ]
+    """Return every option with its default and its comment; a comment alone on a line is a title."""
+    script = Path(sys.argv[0])
+    program = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
+    usage = f"usage: python {program} [config.py ...] [--option=value ...]"
+    lines = [dedent(cls.__doc__).strip(), "", usage]
     defaults = {field.name: field.default for field in fields(cls)}
-    name = None
-    source = "".join(
-        dedent(getsource(c)) for c in reversed(cls.__mro__[:-1])
-    )  # inherited options first
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        line, comment = token.line.strip(), token.string.lstrip("# ")
-        if (
-            token.type == tokenize.NAME
-            and token.string in defaults
-            and line.startswith(token.string + ":")
-        ):
-            name = token.string
-        elif token.type == tokenize.COMMENT and line.startswith("#"):
-            lines += ["", comment + ":"]
-        elif token.type == tokenize.COMMENT and name in defaults:
-            default = str(defaults.pop(name))
-            lines.append(
-                f"  {f'--{name}={default if default.isprintable() else repr(default)}':38} {comment}"
-            )
+    for line in dedent(getsource(cls)).splitlines():
+        if option := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
+            default = str(defaults[option[1]])
+            default = default if default.isprintable() else repr(default)
+            lines.append(f"  {f'--{option[1]}={default}':38} {option[2]}")
+        elif title := re.fullmatch(r"    # (.+)", line):
+            lines += ["", title[1] + ":"]
     return "\n".join(lines)

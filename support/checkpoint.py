@@ -1,20 +1,20 @@
-"""The one writer and the one loader of a run's state.
+"""Write and read checkpoints: out/<run>/ckpt.pt with everything, best.pt with the weights alone.
 
-A checkpoint is a dict of tensors and plain Python values. It is read with `weights_only=True`, which
-runs no code from the file:
+A checkpoint is a dict of tensors and plain Python values. It is read with `weights_only=True`, so
+no code from the file runs. Every random draw of a run depends on its seed and the step alone, so
+there are no random states to save.
 
-    format, versions     what wrote it
+    format, versions     of this file, and of the packages that wrote it
     model_config, model  GPTConfig as a dict, and the weights under GPT-2's names
-    tokenizer            what `to_dict` gave, so that sampling needs this file and nothing else
+    tokenizer            a tokenizer's to_dict(): sampling needs this file and nothing else
     train_config         the options of the run
     dataset              sha256 of train.bin and val.bin
-    step, best_val_loss  the updates made so far; the lowest validation loss so far
-    optimizers, scaler   a list of state dicts, and one; absent in best.pt
-    evaluated_step       the last step whose evaluation is in the log; absent in best.pt
-
-It has no random states: every random draw of a run is a function of its seed and the step.
+    step, best_val_loss  finished updates, and the lowest validation loss so far
+    evaluated_step       the last step whose evaluation is in the log (not in best.pt)
+    optimizers, scaler   a list of state dicts, and one state dict (not in best.pt)
 """
 
+import math
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -28,13 +28,26 @@ from support import nanogpt
 from support.files import atomic_write, free_bytes
 
 FORMAT = 1
+KINDS = {  # what a file must have, and of which kind
+    "model": dict,
+    "tokenizer": dict,
+    "train_config": dict,
+    "dataset": dict,
+    "step": int,
+    "best_val_loss": float,
+}
 
 
 def save_checkpoint(path: Path, model: GPT, **state) -> None:
-    """Write `model` and `state` to `path`; a file that was there stays whole until it is replaced.
+    """Write `model` and `state` to `path`. An earlier file stays complete until it is replaced.
 
-    Raises UserError, with the bytes that are needed, when the disk does not take it.
+    Raises UserError if a weight is not finite, or if the disk does not take the file.
     """
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(
+            f"{path}: not saved, because the weights are not finite; the earlier file is unchanged: "
+            "lower learning_rate or raise warmup_iters, and continue with --init_from=resume"
+        )
     checkpoint = {
         "format": FORMAT,
         "versions": {"torch": str(torch.__version__), "numpy": numpy.__version__},
@@ -46,18 +59,100 @@ def save_checkpoint(path: Path, model: GPT, **state) -> None:
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError; behind it is the system's own reason.
+        # torch reports a failed write as a RuntimeError; its context is the reason of the system.
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
         raise UserError(
-            f"{path}: can not be written ({reason.strerror}); it needs {tensor_bytes(checkpoint):,} bytes where "
-            f"{free_bytes(path.parent):,} are free; what was there is as it was"
+            f"{path}: can not write {tensor_bytes(checkpoint):,} bytes ({reason.strerror}; "
+            f"{free_bytes(path.parent):,} bytes are free); the earlier file is unchanged"
         ) from error
 
 
+def load_checkpoint(path: Path) -> tuple[GPT, dict]:
+    """Return the model, on the CPU, and the dict of the checkpoint at `path`. Raises UserError.
+
+    A checkpoint of nanoGPT is converted.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train first, or name a run with --out_dir")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums inside
+            damaged = archive.testzip()
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can raise anything in the two readers
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: can not be read as a checkpoint ({reason[:100]})") from error
+    if damaged:
+        raise UserError(f"{path}: damaged, a checksum inside is wrong; take another copy of it")
+    try:
+        if nanogpt.is_nanogpt(checkpoint):
+            checkpoint = nanogpt.convert(checkpoint)
+        elif not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+            raise UserError(f"not a checkpoint of this program (format {FORMAT}) or of nanoGPT")
+        for name, kind in KINDS.items():
+            if type(checkpoint.get(name)) is not kind:
+                raise UserError(
+                    f"{name} is {str(checkpoint.get(name))[:50]!r}, not {kind.__name__}"
+                )
+        if checkpoint["step"] < 0 or math.isnan(checkpoint["best_val_loss"]):
+            raise UserError("step or best_val_loss is out of range")
+        return build_model(checkpoint["model_config"], checkpoint["model"]), checkpoint
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # other contents than train.py or nanoGPT ever wrote
+        raise UserError(f"{path}: not a valid checkpoint ({one_line(error)[:100]})") from error
+
+
+def build_model(config: GPTConfig | dict, weights: dict) -> GPT:
+    """Return a GPT with a float32 copy of `weights`, on the CPU.
+
+    Names, shapes and values are checked before any memory is taken. Raises UserError.
+    """
+    try:
+        config = GPTConfig(**config) if isinstance(config, dict) else config
+        assert config.n_layer <= len(weights)
+        with torch.device("meta"):  # tensors without memory
+            model = GPT(config)
+    except Exception as error:
+        raise UserError(f"the weights do not fit the shape {config}") from error
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(getattr(w, "shape", ())) for name, w in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{name} has shape {found.get(name)} where the model needs {expected.get(name)}"
+            )
+        if not weights[name].is_floating_point() or not weights[name].isfinite().all():
+            raise UserError(f"{name} has values that are not finite floating-point numbers")
+    model.load_state_dict(
+        {n: w.to(torch.float32, copy=True) for n, w in weights.items()}, assign=True
+    )
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> None:
+    """Restore the optimizers' states, but keep this run's learning rates and weight decays.
+
+    Raises UserError when the states do not belong to these optimizers.
+    """
+    keys = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+    try:
+        for o, state in zip(optimizers, (s["state"] for s in saved), strict=True):
+            parameters = [p for group in o.param_groups for p in group["params"]]
+            for i, values in state.items():
+                assert values.keys() >= keys[type(o).__name__]
+                assert all(v.shape in ((), parameters[i].shape) for v in values.values())
+            assert len(state) in (0, len(parameters))
+            o.load_state_dict({"state": state, "param_groups": o.state_dict()["param_groups"]})
+    except Exception as error:
+        raise UserError("the optimizer's state does not fit the model; start a new run") from error
+
+
 def tensor_bytes(value) -> int:
-    """The size of all tensors in a nest of dicts and lists; one that is there twice counts once."""
+    """Return the bytes of all tensors in nested dicts and lists; a shared tensor counts once."""
     seen: dict[int, int] = {}
     waiting = [value]
     while waiting:
@@ -69,39 +164,3 @@ def tensor_bytes(value) -> int:
         elif isinstance(value, list | tuple):
             waiting += value
     return sum(seen.values())
-
-
-def load_checkpoint(path: Path) -> tuple[GPT, dict]:
-    """The model, on the CPU, and the whole dict of the checkpoint at `path`. Raises UserError."""
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such checkpoint; train first, or name its folder with --out_dir"
-        )
-    try:
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # torch.load does not compare the checksums in its files
-            intact = archive.testzip() is None
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file makes the two readers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: can not be read as a checkpoint ({reason[:100]})") from error
-    if not intact:
-        raise UserError(f"{path}: damaged, a checksum in it is wrong; take another copy of it")
-    nanogpts = nanogpt.is_nanogpt(checkpoint)
-    if not nanogpts and (not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT):
-        raise UserError(
-            f"{path}: not a checkpoint that this program wrote (format {FORMAT}), nor one of nanoGPT's"
-        )
-    try:
-        if nanogpts:
-            checkpoint = nanogpt.convert(checkpoint)
-        model = GPT(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
-    except UserError:
-        raise
-    except Exception as error:  # keys, shapes or numbers that GPT can not be built from
-        raise UserError(
-            f"{path}: its weights and its model_config do not fit together ({one_line(error)[:100]})"
-        ) from error
-    return model, checkpoint

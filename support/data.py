@@ -1,14 +1,15 @@
-"""Token files: write them, open and check them, draw batches from them.
+"""Draw batches from token files, open and check a data set, write one.
 
-A data set is a folder with three files:
+A data set is a folder, data/<name>/, with three files:
 
-    train.bin, val.bin   token ids as little-endian uint16, nothing else (as nanoGPT has them)
-    meta.json            tokenizer, vocab_size, train_tokens, val_tokens, val_bytes (size of the text
-                         behind val.bin, for bits per byte), source, sha256 of both files
+    train.bin, val.bin   token ids as little-endian uint16 and nothing else, as in nanoGPT
+    meta.json            tokenizer, vocab_size, train_tokens, val_tokens, val_bytes (the size of the
+                         text behind val.bin, for bits per byte), source, sha256 of both files
 """
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -16,123 +17,79 @@ import numpy as np
 import psutil
 
 from configurator import UserError
-from support import tokenizer
 from support.files import atomic_write
+from support.tokenizer import Tokenizer, from_dict
 
 TOKEN = np.dtype("<u2")
-META_KEYS = {
-    "tokenizer",
-    "vocab_size",
-    "train_tokens",
-    "val_tokens",
-    "val_bytes",
-    "source",
-    "sha256",
-}
 PREPARE = "run a prepare script (python prepare_shakespeare.py, or prepare_openweb.py)"
 
-
-def write_dataset(
-    folder: Path, tok, train: list[int], val: list[int], val_bytes: int, source: dict
-) -> None:
-    """Write the three files; meta.json is removed first and written last, so it never describes other files."""
-    if tok.vocab_size > 1 << 16:
-        raise UserError(
-            f"a vocabulary of {tok.vocab_size} does not fit uint16; use at most 65,536 tokens"
-        )
-    (folder / "meta.json").unlink(missing_ok=True)
-    for name, ids in (("train.bin", train), ("val.bin", val)):
-        with atomic_write(folder / name) as file:
-            file.write(np.array(ids, dtype=TOKEN).tobytes())
-    write_meta(folder, tok, val_bytes, source)
+# Draw batches
 
 
-def write_meta(folder: Path, tok, val_bytes: int, source: dict) -> None:
-    """Write meta.json for the train.bin and val.bin that are in `folder`."""
-    with atomic_write(folder / "meta.json") as file:
-        file.write(
-            json.dumps(
-                make_meta(folder, tok, val_bytes, source), indent=2, ensure_ascii=False
-            ).encode()
-        )
+def random_offsets(
+    seed: int, step: int, n_sequences: int, n_tokens: int, block_size: int
+) -> np.ndarray:
+    """Return where the sequences of training step `step` start in train.bin, (n_sequences,).
+
+    They depend on the arguments alone. So a resumed run continues with the batches that it would
+    have seen, and several processes, each with its share, see the same batch together.
+    """
+    return np.random.default_rng((seed, step)).integers(n_tokens - block_size, size=n_sequences)
 
 
-def make_meta(folder: Path, tok, val_bytes: int, source: dict) -> dict:
-    return {
-        "tokenizer": tok.to_dict(),
-        "vocab_size": tok.vocab_size,
-        "train_tokens": (folder / "train.bin").stat().st_size // TOKEN.itemsize,
-        "val_tokens": (folder / "val.bin").stat().st_size // TOKEN.itemsize,
-        "val_bytes": val_bytes,
-        "source": source,
-        "sha256": {name: scan(folder / name)[0] for name in ("train.bin", "val.bin")},
-    }
+def gather(tokens: "Tokens", offsets: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return inputs x and targets y, (B, T) int64 each, of the B sequences that start at `offsets`.
 
-
-def nanogpt_meta(folder: Path) -> dict:
-    """What meta.json would say of token files of nanoGPT's: without a meta.pkl their ids are GPT-2's."""
-    if (folder / "meta.pkl").exists():
-        raise UserError(
-            f"{folder / 'meta.pkl'} is a pickle, which may run any code when it is read, so it is not; make meta.json "
-            f"from the text: python prepare_shakespeare.py --input={folder / 'input.txt'} --dataset={folder.name}"
-        )
-    largest = np.fromfile(folder / "train.bin", dtype=TOKEN, count=1 << 20).max(initial=0)
-    if largest < 1000:  # any text has commoner words among GPT-2's later tokens
-        raise UserError(
-            f"{folder / 'meta.json'}: no such file, and ids up to {largest} are not GPT-2's; {PREPARE}"
-        )
-    tok = tokenizer.BPETokenizer.gpt2()
-    val = np.fromfile(folder / "val.bin", dtype=TOKEN)
-    val_bytes = len(tok.decode_bytes(val[val < tok.end_of_text].tolist()))
-    return make_meta(folder, tok, val_bytes, {"prepared by": "nanoGPT"})
-
-
-def scan(path: Path) -> tuple[str, int]:
-    """The sha256 of a .bin file and the largest id in it."""
-    sha256, largest = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            sha256.update(chunk)
-            largest = max(largest, int(np.frombuffer(chunk, dtype=TOKEN).max()))
-    return sha256.hexdigest(), largest
+    y is x moved by one token. Targets after the end of the file are -1: the loss ignores them.
+    """
+    positions = offsets[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+    last = len(tokens) - 1
+    windows = tokens.open()[np.minimum(positions, last)].astype(np.int64)
+    x, y = windows[:, :-1], np.where(positions[:, 1:] <= last, windows[:, 1:], -1)
+    return np.ascontiguousarray(x), y
 
 
 class Tokens:
-    """The ids of one .bin file, in memory if they take less than half of what is free."""
+    """The token ids of one .bin file, in memory if they take less than half of what is free.
+
+    The file stays open, so a data set that is prepared again meanwhile changes nothing here.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.file = open(path, "rb")  # noqa: SIM115  # as long as this object lives
         size = path.stat().st_size
         self.length = size // TOKEN.itemsize
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun
         self.in_memory = size < psutil.virtual_memory().available / 2 / sharing
-        self.array = np.fromfile(path, dtype=TOKEN) if self.in_memory else None
+        self.array = np.fromfile(self.file, dtype=TOKEN) if self.in_memory else None
 
     def __len__(self) -> int:
         return self.length
 
     def open(self) -> np.ndarray:
-        # A memory map counts every page it has touched as this process's memory, for as long as it
-        # is open: a map of its own for each batch keeps a long run from looking like a leak.
-        return self.array if self.in_memory else np.memmap(self.path, dtype=TOKEN, mode="r")
+        """Return all ids, (length,) uint16, in memory or as a new memory map."""
+        # A memory map counts every page that it touched as this process's memory while it is open.
+        # A new map for each batch keeps a long run from looking like a leak.
+        return self.array if self.in_memory else np.memmap(self.file, dtype=TOKEN, mode="r")
+
+
+# Open and check a data set
 
 
 class Dataset:
-    """The folder `data/<name>`, checked. Raises UserError for whatever is wrong with it.
+    """The folder data/<name>/ after all checks. Raises UserError for anything wrong with it.
 
-    meta        the content of meta.json
-    tokenizer   the one that made the ids
-    train, val  Tokens
+    meta is the content of meta.json, tokenizer the one that made the ids, train and val are Tokens.
     """
 
     def __init__(self, folder: Path, block_size: int) -> None:
-        foreign = (folder / "train.bin").exists() and not (folder / "meta.json").exists()
-        self.meta = nanogpt_meta(folder) if foreign else read_meta(folder / "meta.json")
-        self.tokenizer = tokenizer.from_dict(self.meta["tokenizer"])
+        self.meta = load_meta(folder)
+        self.tokenizer: Tokenizer = from_dict(self.meta["tokenizer"])
         if self.tokenizer.vocab_size != self.meta["vocab_size"]:
             raise UserError(
-                f"{folder / 'meta.json'}: vocab_size is {self.meta['vocab_size']}, but its tokenizer has "
-                f"{self.tokenizer.vocab_size} tokens; {PREPARE}"
+                f"{folder / 'meta.json'}: vocab_size is {self.meta['vocab_size']}, but its tokenizer "
+                f"has {self.tokenizer.vocab_size} tokens; {PREPARE}"
             )
         self.train = self._open_split(folder / "train.bin", block_size)
         self.val = self._open_split(folder / "val.bin", block_size)
@@ -143,79 +100,125 @@ class Dataset:
         size, expected = path.stat().st_size, self.meta[f"{path.stem}_tokens"] * TOKEN.itemsize
         if size % TOKEN.itemsize:
             raise UserError(
-                f"{path}: {size} bytes is no whole number of uint16 ids, the file is cut; {PREPARE}"
+                f"{path}: {size} bytes is not a whole number of uint16 token ids; {PREPARE}"
             )
         if size != expected:
-            raise UserError(f"{path}: {size} bytes where meta.json promises {expected}; {PREPARE}")
+            raise UserError(f"{path}: has {size} bytes, but meta.json says {expected}; {PREPARE}")
         if size // TOKEN.itemsize < block_size + 1:
             raise UserError(
-                f"{path}: {size // TOKEN.itemsize} tokens are fewer than block_size + 1 = {block_size + 1}; "
-                "choose a smaller block_size or a longer text"
+                f"{path}: {size // TOKEN.itemsize} tokens are fewer than block_size + 1 = "
+                f"{block_size + 1}; choose a smaller block_size or a longer text"
             )
-        sha256, largest = scan(path)
+        tokens = Tokens(path)
+        sha256, largest = inspect_bin(path)
         if largest >= self.meta["vocab_size"]:
             raise UserError(
-                f"{path}: token id {largest} is beyond the vocabulary of {self.meta['vocab_size']} "
-                f"that meta.json gives; the two do not belong together: {PREPARE}"
+                f"{path}: token id {largest} is outside the vocabulary of {self.meta['vocab_size']} "
+                f"in meta.json: the two files do not belong together; {PREPARE}"
             )
         if sha256 != self.meta["sha256"][path.name]:
-            raise UserError(
-                f"{path}: its sha256 is not the one in meta.json, so it has changed; {PREPARE}"
-            )
-        return Tokens(path)
+            raise UserError(f"{path}: changed since meta.json was written (sha256); {PREPARE}")
+        return tokens
+
+    def eval_windows(self, block_size: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the sequences of an evaluation start in train.bin and in val.bin.
+
+        In val.bin they stand side by side, so that every token but the first is a target once, or
+        `limit` of them (0: all) spread over the file. In train.bin as many are spread over the file.
+        """
+        val = np.arange(0, len(self.val) - 1, block_size)
+        if 0 < limit < len(val):
+            val = val[np.linspace(0, len(val) - 1, limit).astype(int)]
+        train = np.linspace(0, len(self.train) - block_size - 1, len(val)).astype(np.int64)
+        return train, val
+
+    def bits_per_byte(self, val_loss: float) -> float:
+        """Return the validation loss in bits per byte of text, comparable between tokenizers."""
+        return val_loss / math.log(2) * self.meta["val_tokens"] / self.meta["val_bytes"]
+
+
+def load_meta(folder: Path) -> dict:
+    """Return the content of meta.json; for a folder that nanoGPT prepared, what it would say."""
+    if (folder / "train.bin").exists() and not (folder / "meta.json").exists():
+        from support.nanogpt import describe_data  # imports this module
+
+        return describe_data(folder)
+    return read_meta(folder / "meta.json")
 
 
 def read_meta(path: Path) -> dict:
-    """The content of meta.json, with every key there and of its kind."""
+    """Return the content of a meta.json after checking every key. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; {PREPARE}")
+        found = ", ".join(sorted(p.parent.name for p in path.parent.parent.glob("*/train.bin")))
+        raise UserError(f"{path}: no such file; {PREPARE}" + f"; data has {found}" * bool(found))
     try:
         meta = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON; {PREPARE}") from None
-    if not isinstance(meta, dict) or not meta.keys() >= META_KEYS:
-        missing = META_KEYS - set(meta) if isinstance(meta, dict) else META_KEYS
-        raise UserError(
-            f"{path}: not a data set's meta.json, {', '.join(sorted(missing))} missing; {PREPARE}"
-        )
-    for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes"):
-        if type(meta[key]) is not int or meta[key] < 0:
-            raise UserError(f"{path}: {key} is {meta[key]!r} but must be a whole number; {PREPARE}")
+    counts = ("vocab_size", "train_tokens", "val_tokens", "val_bytes")
+    keys = {*counts, "tokenizer", "source", "sha256"}
+    missing = keys - meta.keys() if isinstance(meta, dict) else keys
+    if missing:
+        raise UserError(f"{path}: {', '.join(sorted(missing))} missing; {PREPARE}")
+    for key in counts:
+        if type(meta[key]) is not int or not 0 < meta[key] < 1 << 50:
+            raise UserError(
+                f"{path}: {key} is {str(meta[key])[:30]}, not a plausible count; {PREPARE}"
+            )
     for key, inner in (("tokenizer", "kind"), ("sha256", "train.bin"), ("sha256", "val.bin")):
         if not isinstance(meta[key], dict) or inner not in meta[key]:
             raise UserError(f"{path}: {key} has no {inner!r}; {PREPARE}")
     return meta
 
 
-def random_offsets(
-    seed: int, step: int, n_sequences: int, n_tokens: int, block_size: int
-) -> np.ndarray:
-    """Where the sequences of training step `step` start, (n_sequences,): a function of its arguments.
-
-    So a resumed run goes on with the batches it would have seen, and any number of processes, each
-    taking its rows, sees the same ones together.
-    """
-    return np.random.default_rng((seed, step)).integers(n_tokens - block_size, size=n_sequences)
-
-
-def gather(tokens: Tokens, offsets: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs x and targets y, both (B, T) int64, of the B windows at `offsets`.
-
-    y is x moved by one token. Targets past the end of the file are -1, which the loss leaves out.
-    """
-    positions = offsets[:, None] + np.arange(block_size + 1)  # (B, T + 1)
-    last = len(tokens) - 1
-    windows = tokens.open()[np.minimum(positions, last)].astype(np.int64)
-    return np.ascontiguousarray(windows[:, :-1]), np.where(
-        positions[:, 1:] <= last, windows[:, 1:], -1
-    )
+def inspect_bin(path: Path) -> tuple[str, int]:
+    """Return the sha256 of a .bin file and the largest token id in it."""
+    sha256, largest = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            sha256.update(chunk)
+            largest = max(largest, int(np.frombuffer(chunk, dtype=TOKEN).max()))
+    return sha256.hexdigest(), largest
 
 
-def whole_file_offsets(n_tokens: int, block_size: int) -> np.ndarray:
-    """Windows side by side, in which every token but the first is a target exactly once."""
-    return np.arange(0, n_tokens - 1, block_size)
+# Write a data set
 
 
-def spread_offsets(n_windows: int, n_tokens: int, block_size: int) -> np.ndarray:
-    """`n_windows` windows at even distances over the whole file."""
-    return np.linspace(0, n_tokens - block_size - 1, n_windows).astype(np.int64)
+def write_dataset(
+    folder: Path,
+    tokenizer: Tokenizer,
+    train: list[int],
+    val: list[int],
+    val_bytes: int,
+    source: dict,
+) -> None:
+    """Write the three files. meta.json goes first and comes last: it never describes other files."""
+    if tokenizer.vocab_size > 1 << 16:
+        raise UserError(
+            f"a vocabulary of {tokenizer.vocab_size} does not fit uint16; use at most 65,536 tokens"
+        )
+    (folder / "meta.json").unlink(missing_ok=True)
+    for name, ids in (("train.bin", train), ("val.bin", val)):
+        with atomic_write(folder / name) as file:
+            file.write(np.array(ids, dtype=TOKEN).tobytes())
+    write_meta(folder, tokenizer, val_bytes, source)
+
+
+def write_meta(folder: Path, tokenizer: Tokenizer, val_bytes: int, source: dict) -> None:
+    """Write meta.json for the train.bin and val.bin that are in `folder`."""
+    meta = make_meta(folder, tokenizer, val_bytes, source)
+    with atomic_write(folder / "meta.json") as file:
+        file.write(json.dumps(meta, indent=2, ensure_ascii=False).encode())
+
+
+def make_meta(folder: Path, tokenizer: Tokenizer, val_bytes: int, source: dict) -> dict:
+    """Return the content of meta.json for the train.bin and val.bin that are in `folder`."""
+    return {
+        "tokenizer": tokenizer.to_dict(),
+        "vocab_size": tokenizer.vocab_size,
+        "train_tokens": (folder / "train.bin").stat().st_size // TOKEN.itemsize,
+        "val_tokens": (folder / "val.bin").stat().st_size // TOKEN.itemsize,
+        "val_bytes": val_bytes,
+        "source": source,
+        "sha256": {name: inspect_bin(folder / name)[0] for name in ("train.bin", "val.bin")},
+    }

@@ -1,70 +1,81 @@
-"""Why is the loss, or the gradient, not finite? Asked once, when a run has to stop for it."""
+"""Explain why a loss or a gradient is not finite. Called once, when a run must stop for it."""
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import Tensor, nn
 
+from configurator import UserError
 from support import runtime
+
+
+def explain_step(trainer, step: int) -> BaseException:
+    """Return the error that ends a run because the loss or gradient of `step` was not finite.
+
+    It names the first module with such an output or gradient, and what causes it: the weights, the
+    batch or the dtype. In all processes but the first it is a silent SystemExit.
+    """
+    lr, loss, grad_norm = next(figures for at, *figures in trainer.recent if at == step)
+    trainer.model.zero_grad(set_to_none=True)
+    reasons = trainer.processes.gather(
+        next(filter(None, (explain_pass(trainer, step, micro) for micro in trainer.micros)), "")
+    )
+    if not trainer.processes.is_first:
+        return SystemExit(1)
+    norms = [f"{norm:.3g}" for at, _, _, norm in trainer.recent if step - 5 <= at < step]
+    reason = next(filter(None, reasons), "it does not happen again: try --compile=False")
+    return UserError(
+        f"step {step}: the loss is {loss:.4g} and the gradient norm {grad_norm:.4g}, at learning "
+        f"rate {lr:.3g}, after gradient norms of {', '.join(norms) or 'none'}; {reason}; the step was "
+        f"not taken and {trainer.out_dir / 'ckpt.pt'} is unchanged"
+    )
+
+
+def explain_pass(trainer, step: int, micro: int) -> str:
+    """Return where forward pass `micro` of `step` is first not finite and why, or ""."""
+    model, batch = trainer.model, trainer.micro_batch(step, micro)
+    trainer.seed_dropout(step, micro)
+    loss, where = first_not_finite(model, *batch, runtime.autocast(trainer.device, trainer.dtype))
+    if math.isfinite(loss) and not where:
+        return ""
+    where = f"first not finite: {where or 'the loss itself'}"
+    for name, p in model.named_parameters():
+        if bad := int((~p.isfinite()).sum()):
+            return f"{where}; cause: the weights, {bad:,} values of {name} are not finite"
+    trainer.seed_dropout(step, micro)
+    loss, place = first_not_finite(model, *batch, nullcontext())
+    if math.isfinite(loss) and not place:
+        dtype = runtime.dtype_name(trainer.dtype)
+        return f"{where}; cause: {dtype}, because with --dtype=float32 the loss is {loss:.4f}"
+    other = trainer.micro_batch(step - 1 if step else 1, micro)
+    loss, place = first_not_finite(model, *other, nullcontext())
+    if math.isfinite(loss) and not place:
+        return f"{where}, also in float32; cause: this batch, another one has a loss of {loss:.4f}"
+    return f"{where}, also in float32; cause: the weights are too large for any batch"
 
 
 def first_not_finite(
     model: nn.Module, x: Tensor, y: Tensor, autocast: AbstractContextManager
 ) -> tuple[float, str]:
-    """Loss of the batch x, y, (B, T) each, and the first module whose output or gradient is not finite, or ""."""
+    """Return the loss of a batch and the first output or gradient that is not finite, or ""."""
     found = []
 
-    def look_at(name: str):
+    def watch(name: str):
         def hook(_module, _inputs, output) -> None:
             if isinstance(output, Tensor) and not output.isfinite().all():
                 found.append(f"the output of {name}")
 
         return hook
 
-    hooks = [module.register_forward_hook(look_at(name)) for name, module in model.named_modules()]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     with autocast:
         loss = model(x, y)[1]
     for hook in hooks:
         hook.remove()
     if not found and math.isfinite(loss.item()):
         loss.backward()
-        # The backward pass goes from the last module to the first.
-        for name, p in reversed(list(model.named_parameters())):
+        for name, p in reversed(list(model.named_parameters())):  # as the backward pass goes
             if p.grad is not None and not p.grad.isfinite().all():
                 found.append(f"the gradient of {name}")
         model.zero_grad(set_to_none=True)
     return loss.item(), (found or [""])[0]
-
-
-def explain(
-    model: nn.Module,
-    batch: tuple[Tensor, Tensor],
-    other_batch: tuple[Tensor, Tensor],
-    autocast: AbstractContextManager,
-    dtype: torch.dtype,
-    reseed: Callable[[], None],
-) -> str:
-    """In a line: where `batch` first gives what is not finite, and whether the weights, the batch or dtype is to blame.
-
-    `other_batch` is one that the model could compute before; `reseed` repeats what dropout drops.
-    Returns "" if `batch` is finite.
-    """
-    reseed()
-    loss, where = first_not_finite(model, *batch, autocast)
-    if math.isfinite(loss) and not where:
-        return ""
-    where = f"{where or 'the loss itself'} is the first that is not finite"
-    for name, p in model.named_parameters():
-        if bad := int((~p.isfinite()).sum()):
-            return f"{where}; to blame are the weights: {bad:,} values of {name} are not finite themselves"
-    reseed()
-    again, again_where = first_not_finite(model, *batch, nullcontext())
-    if math.isfinite(again) and not again_where:
-        blame = f"to blame is {runtime.dtype_name(dtype)}: in float32 the same batch gives a loss of {again:.4f}"
-        return f"{where}; {blame} (--dtype=float32)"
-    other, other_where = first_not_finite(model, *other_batch, nullcontext())
-    if math.isfinite(other) and not other_where:
-        return f"{where}, in float32 too; to blame is the batch: another one gives a loss of {other:.4f}"
-    return f"{where}, in float32 too; to blame are the weights, which have grown: no batch is finite with them"

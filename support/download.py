@@ -1,170 +1,160 @@
-"""Fetch a file from the web so that it is whole and right, or not there at all.
+"""Download a file so that it is complete and correct, or not there at all.
 
-What has arrived waits beside it as NAME.part, and the next attempt asks for the rest (HTTP Range).
+The bytes that have arrived wait in NAME.part, and the next attempt asks for the rest (HTTP Range).
 """
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import requests
-from requests.adapters import HTTPAdapter
+import urllib3
 from tqdm import tqdm
-from urllib3.exceptions import MaxRetryError
-from urllib3.util import Retry
 
 from configurator import UserError, one_line
 from support.files import file_sha256
 
 TIMEOUT = 30  # seconds without a byte
-PAUSE = 1.0  # seconds before the second attempt; it doubles with each further one
+PAUSE = 1.0  # seconds before the second attempt; doubles before every further one
+LONGEST_PAUSE = 60.0  # seconds, even if the server asks for more
+BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
+MOST_BYTES = 20 << 30  # no file that this project needs is larger
 
 
 class NotFound(UserError):
-    """The server is there, and has no such file."""
+    """The server answers, but it has no such file."""
+
+
+class TryAgain(Exception):
+    seconds = 0.0  # the pause before the next attempt that the server asks for
 
 
 def hub_url(path: str) -> str:
-    """A file on the Hugging Face hub or on the mirror of it that HF_ENDPOINT names."""
+    """Return the address of a file on the Hugging Face hub, or on the mirror HF_ENDPOINT."""
     return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{path}"
 
 
-def download(url: str, path: Path, sha256: str = "", tries: int = 5) -> None:
-    """Bring `url` to `path`, which appears when it is whole.
+def download(url: str, path: Path, sha256: str = "", size: int = 0, tries: int = 5) -> None:
+    """Download `url` to `path`, which appears when the file is complete.
 
-    Its length and, if the hub gives one or `sha256` is set, its checksum are compared. A break is taken
-    up where it happened; `tries` attempts in a row that bring nothing new raise UserError; a server that
-    has no such file, NotFound.
+    Checks the length, and the sha256 if it is given here or by the hub. `size`: expected length.
+    Interrupted downloads resume. Raises UserError after `tries` attempts without a new byte.
     """
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    failures, most, reason = 0, 0, ""
-    with open_session(url, tries) as session:
+    failures, most = 0, part.stat().st_size if part.exists() else 0
+    with open_session(url) as session:
         while failures < tries:
-            if failures:
-                time.sleep(PAUSE * 2 ** (failures - 1))
             try:
-                reason = fetch_rest(session, url, part, sha256)
-            except requests.RequestException as error:
-                if isinstance(
-                    error, requests.exceptions.InvalidSchema | requests.exceptions.InvalidURL
-                ):
-                    raise UserError(
-                        f"{url}: no address to download from ({one_line(error)[:150]})"
-                    ) from error
-                reason = one_line(error)[:200]
-                if error.args and isinstance(error.args[0], MaxRetryError):
-                    reason = one_line(error.args[0].reason)[:200]
-                    break  # the session has tried often enough
-            if not reason:
+                fetch_rest(session, url, part, sha256, size)
                 os.replace(part, path)
                 return
-            size = part.stat().st_size if part.exists() else 0
-            failures = 0 if size > most else failures + 1
-            most = max(most, size)
-    kept = f"; the first {most:,} bytes are kept in {part}" if part.exists() else ""
-    raise UserError(
-        f"{url}: can not be downloaded ({reason}){kept}; try again later, or set HF_ENDPOINT to a mirror"
-    )
+            except (requests.RequestException, urllib3.exceptions.HTTPError, TryAgain) as error:
+                reason, asked = short_reason(error), getattr(error, "seconds", 0)
+            have = part.stat().st_size if part.exists() else 0
+            failures = 0 if have > most else failures + 1
+            most = max(most, have)
+            if 0 < failures < tries:
+                pause = min(max(asked, PAUSE * 2 ** (failures - 1)), LONGEST_PAUSE)
+                print(f"{url}: {reason}; trying again in {pause:.0f} s ...")
+                time.sleep(pause)
+    kept = f"; the first {have:,} bytes are kept in {part}" if have else ""
+    raise UserError(f"could not download {url} ({reason}){kept}; try again later")
 
 
 def remote_size(url: str) -> int:
-    """Bytes of the file at `url`, or 0 if the server does not say."""
-    try:
-        with open_session(url, tries=2) as session:
-            answer = session.head(url, timeout=TIMEOUT, allow_redirects=True)
-        return int(answer.headers.get("Content-Length", 0)) if answer.ok else 0
-    except (requests.RequestException, ValueError):
-        return 0  # whether it can be had at all, `download` finds out
+    """Return the length of the file at `url` in bytes, or 0 if the server does not tell."""
+    with suppress(requests.RequestException, ValueError), open_session(url) as session:
+        response = session.head(url, timeout=TIMEOUT, allow_redirects=True)
+        return int(response.headers.get("Content-Length", 0)) if response.ok else 0
+    return 0  # `download` will say what is wrong
 
 
-def open_session(url: str, tries: int) -> requests.Session:
-    """A session for `url` that asks again, ever more slowly, while a server is not there or not well."""
-    session, token = requests.Session(), os.environ.get("HF_TOKEN")
-    if token and url.startswith(hub_url("")):  # it is for the hub alone
+def open_session(url: str) -> requests.Session:
+    session, token = requests.Session(), os.environ.get("HF_TOKEN", "").strip()
+    if token and url.startswith(hub_url("")):  # nobody else may see the token
         session.headers["Authorization"] = f"Bearer {token}"
-    session.headers["Accept-Encoding"] = (
-        "identity"  # lengths and ranges are those of the file itself
-    )
-    retry = Retry(
-        total=tries - 1, backoff_factor=PAUSE, status_forcelist=(408, 429, 500, 502, 503, 504)
-    )
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry))
+    session.headers["Accept-Encoding"] = "identity"  # lengths and ranges count uncompressed bytes
     return session
 
 
-def fetch_rest(session: requests.Session, url: str, part: Path, sha256: str) -> str:
-    """Add to `part` what it lacks, and check it. Returns why it is not whole, or ""."""
+def fetch_rest(session: requests.Session, url: str, part: Path, sha256: str, size: int) -> None:
+    """Complete and check `part`. Raises TryAgain or a network error if another attempt may help."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status = response.status_code
-        if status in (401, 403):
-            raise UserError(
-                f"{url}: the server wants to know who asks (status {status}; so the hub answers to a name that does "
-                "not exist, too); check the name, or set HF_TOKEN to your token"
-            )
-        if status not in (200, 206, 416):
-            raise (NotFound if status == 404 else UserError)(
-                f"{url}: the server answers {status} {response.reason}; is there such a file?"
-            )
+    try:
+        response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    except (ValueError, requests.TooManyRedirects) as error:
+        reason = f"not a valid address, or redirected to one ({one_line(error)[:150]})"
+        raise UserError(f"could not download {url}: {reason}; check the address") from error
+    with response:
+        check_status(response, url, have)
         start, total = content_range(response)
-        # The hub says what the file is before it sends us on to where it lies.
-        tags = [
-            answer.headers.get("X-Linked-Etag", "").strip('"')
-            for answer in (response, *response.history)
-        ]
-        sha256 = sha256 or next((tag for tag in tags if len(tag) == 64), "")
-        if status == 416 or start > have:  # more than there is, or not what was asked for
-            if status == 416 and have == total:
-                return check(part, total, sha256)
+        # The hub announces the checksum before it redirects to the server that has the file.
+        for answer in (response, *response.history):
+            sha256 = sha256 or answer.headers.get("X-Linked-Etag", "").strip('"')
+        if start <= have:
+            most = min(total or size or MOST_BYTES, MOST_BYTES)
+            have = write_body(response, part, start, most)
+            if have > most:
+                part.unlink()
+                raise UserError(f"could not download {url}: it has more than {most:,} bytes")
+        elif not have == total > 0:  # the answer is another range or, by status 416, no range
             part.unlink(missing_ok=True)
-            return f"the server answers {status} to bytes {have:,} and on"
-        with (
-            open(part, "r+b" if part.exists() else "wb") as file,
-            tqdm(
-                total=total,
-                initial=start,
-                unit="B",
-                unit_scale=True,
-                desc=part.stem,
-                leave=False,
-                disable=None,
-            ) as bar,
-        ):
-            file.seek(start)
-            file.truncate()
-            for chunk in response.iter_content(
-                1 << 14
-            ):  # a break loses the chunk that was under way
-                file.write(chunk)
-                bar.update(len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
-    return check(part, total, sha256)
+            raise TryAgain(f"the server does not send the bytes from {have:,} on")
+    if total and have < total:
+        raise TryAgain(f"the connection ended after {have:,} of {total:,} bytes")
+    if len(sha256) == 64 and file_sha256(part) != sha256:
+        part.unlink()
+        raise TryAgain(f"the sha256 of the file is not {sha256}")
 
 
-def content_range(response: requests.Response) -> tuple[int, int | None]:
-    """Where the body of an answer begins in the file, and how long the whole file is, if it is said."""
-    said = response.headers.get("Content-Range", "")  # bytes 100-199/200, or bytes */200
+def check_status(response: requests.Response, url: str, have: int) -> None:
+    """Raise TryAgain or UserError unless the response has bytes or says that there are no more."""
+    status, answer = response.status_code, f"status {response.status_code} {response.reason}"
+    if status in (408, 429, 500, 502, 503, 504):
+        error, asked = TryAgain(answer), response.headers.get("Retry-After", "")
+        error.seconds = float(asked) if asked.isdecimal() else 0.0
+        raise error
+    if status not in (200, 206, 416) or (status == 416 and not have):
+        kind = NotFound if status == 404 else UserError
+        hint = "set HF_TOKEN to your token, or " if status in (401, 403) else ""
+        raise kind(f"could not download {url}: {answer}; {hint}check the name")
+
+
+def content_range(response: requests.Response) -> tuple[int, int]:
+    """Return where the body begins in the file, and the file's length (0: not known)."""
+    text = response.headers.get("Content-Range", "")  # bytes 100-199/200, or bytes */200
+    start, total = text.removeprefix("bytes ").split("-")[0], text.rpartition("/")[2]
     if response.status_code == 200:
         start, total = "0", response.headers.get("Content-Length", "")
-    else:
-        start, total = said.removeprefix("bytes ").split("-")[0], said.rpartition("/")[2]
-    return int(start) if start.isdecimal() else 1 << 62, int(total) if total.isdecimal() else None
+    return int(start) if start.isdecimal() else 1 << 62, int(total) if total.isdecimal() else 0
 
 
-def check(part: Path, total: int | None, sha256: str) -> str:
-    """Why the file is not what the server promised, or ""; one that is wrong is removed."""
-    size = part.stat().st_size
-    if total is not None and size < total:
-        return f"the connection ended after {size:,} of {total:,} bytes"
-    reason = ""
-    if total is not None and size > total:
-        reason = f"{size:,} bytes came, {total:,} were promised"
-    elif sha256 and file_sha256(part) != sha256:
-        reason = f"its sha256 is not {sha256}"
-    if reason:
-        part.unlink()
-    return reason
+def write_body(response: requests.Response, part: Path, start: int, most: int) -> int:
+    """Write the body of the response to `part` from byte `start` on; return the new length."""
+    bar = tqdm(total=most if most < MOST_BYTES else None, initial=start, desc=part.stem, **BAR)
+    with open(part, "r+b" if part.exists() else "wb") as file, bar:
+        file.truncate(start)
+        file.seek(start)
+        response.raw.enforce_content_length = False  # `fetch_rest` checks it and explains more
+        # Raw bytes, because a server may compress them although it was asked not to.
+        for chunk in response.raw.stream(1 << 14, decode_content=False):
+            file.write(chunk)
+            bar.update(len(chunk))
+            if file.tell() > most:
+                break
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def short_reason(error: BaseException | None) -> str:
+    """Return why a request failed, such as "Connection refused", without the objects around it."""
+    while error:
+        last, inner = error, (*error.args, getattr(error, "reason", None), error.__cause__)
+        error = next((e for e in inner if isinstance(e, BaseException)), None)
+    if isinstance(last, TimeoutError | urllib3.exceptions.TimeoutError):
+        return f"no answer for {TIMEOUT} s"
+    return one_line(getattr(last, "strerror", None) or last).split("): ")[-1][:150]

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -34,26 +34,24 @@ def atomic_write(path: Path) -> Iterator:
 
 @contextmanager
 def lock_folder(folder: Path, seconds: float = 0) -> Iterator[None]:
-    """Hold the only lock on `folder` while the block runs, so that two processes never write there.
+    """Hold the only lock on `folder` inside the block, so that two processes never write there.
 
     Waits up to `seconds` for another process, then raises UserError. The lock is a file beside the
-    folder, which itself may be moved meanwhile. The system releases the lock when a process ends,
-    even when it is killed.
+    folder, which may be moved meanwhile. The system releases it when the process ends or is killed.
     """
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    folder = folder.resolve()
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=seconds)
     except Timeout:
-        raise UserError(
-            f"{folder}: another process is at work there; wait for it to end or choose another folder"
-        ) from None
-    except NotImplementedError:  # a file system without locks, as some network drives are
-        pass
+        raise UserError(f"{folder}: another process is at work there; wait for it to end") from None
     try:
         yield
     finally:
+        with suppress(OSError):  # Windows removes no open file
+            path.unlink()
         lock.release()
 
 

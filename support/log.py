@@ -1,11 +1,9 @@
-"""The log of a run: write it while training, read it, and turn it into pictures and tables.
+"""The log of a run: to log.jsonl, to the console and, on demand, to wandb and TensorBoard.
 
-    python report.py --out_dir=out/phase1_char     # also while it trains, in another terminal
-
-`log.jsonl` holds two kinds of records, a JSON object a line. `step` counts finished updates:
+log.jsonl has a JSON object per line, of two kinds. `step` counts finished updates:
 
     {"step", "epoch", "seconds", "loss", "grad_norm", "lr", "tokens_per_second"}
-    {"step", "epoch", "seconds", "train_loss", "val_loss"}, at times with a "sample"
+    {"step", "epoch", "seconds", "train_loss", "val_loss"}, sometimes with a "sample"
 """
 
 import itertools
@@ -14,50 +12,52 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from configurator import UserError
-from support.files import atomic_write, free_bytes
+from support.files import atomic_write, free_bytes, lock_folder
+from support.runtime import dtype_name
 
 
 class Log:
-    """Every figure of a run passes here: to log.jsonl, to the console and, if asked for, to wandb and TensorBoard."""
+    """Write down every figure of a run. Only the first process logs; in the others nothing happens.
 
-    def __init__(self, trainer) -> None:
-        self.config, self.step = trainer.config, trainer.start_step
-        self.tokens_per_step, self.steps_per_epoch = (
-            trainer.tokens_per_step,
-            trainer.steps_per_epoch,
-        )
-        self.is_first = trainer.processes.is_first  # the other processes log nothing
-        self.watchers, self.seconds_before = [], 0.0
-        shown = self.is_first and sys.stderr.isatty()
-        self.bar = tqdm(
-            total=self.config.max_iters, initial=self.step, unit="step", disable=not shown
-        )
-        if self.is_first:
-            self.path = trainer.out_dir / "log.jsonl"
-            if not trainer.resumed:
-                self._set_aside(trainer.out_dir)
-            # A resumed run goes on behind its checkpoint: what was logged after that is done again.
-            earlier = read_log(self.path) if self.path.exists() else []
-            evaluated = trainer.evaluated_step == self.step
+    A resumed run starts at `start_step`. Records after that are removed, because the run makes them
+    again; so is the evaluation at start_step, unless it is the step last evaluated.
+    """
+
+    def __init__(
+        self,
+        config,
+        is_first: bool,
+        tokens_per_step: int,
+        steps_per_epoch: float,
+        start_step: int = 0,
+        evaluated_step: int = -1,
+    ) -> None:
+        self.config, self.is_first, self.step = config, is_first, start_step
+        self.tokens_per_step, self.steps_per_epoch = tokens_per_step, steps_per_epoch
+        self.path = Path(config.out_dir) / "log.jsonl"
+        self.trackers, self.seconds_before = [], 0.0
+        hidden = not (is_first and sys.stderr.isatty())
+        self.bar = tqdm(total=config.max_iters, initial=start_step, unit="step", disable=hidden)
+        if is_first:
+            resumed = evaluated_step >= 0 and self.path.exists()
+            earlier = read_log(self.path) if resumed else []
+            last = {"loss": start_step, "val_loss": min(start_step, evaluated_step)}
             earlier = [
-                r
-                for r in earlier
-                if r["step"] < self.step or (r["step"] == self.step and ("loss" in r or evaluated))
+                r for r in earlier if r["step"] <= last["loss" if "loss" in r else "val_loss"]
             ]
-            if earlier:
-                self.seconds_before = earlier[-1]["seconds"]
+            self.seconds_before = earlier[-1]["seconds"] if earlier else 0.0
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(r).encode() + b"\n" for r in earlier)
-            if self.config.wandb_log:
-                self.watchers.append(Wandb(self.config))
-            if self.config.tensorboard_log:
-                self.watchers.append(TensorBoard(self.config))
+            self.trackers += [Wandb(config)] if config.wandb_log else []
+            self.trackers += [TensorBoard(config)] if config.tensorboard_log else []
         self.start_clock()
 
     def __enter__(self) -> "Log":
@@ -65,41 +65,24 @@ class Log:
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        for watcher in self.watchers:
-            watcher.close()
-
-    def _set_aside(self, out_dir: Path) -> None:
-        """A run that starts anew does not cost an earlier one: its folder gets a number."""
-        if (out_dir / "ckpt.pt").exists():
-            out_dir = (
-                out_dir.absolute() if out_dir.name in ("", "..") else out_dir
-            )  # "." has no name to add to
-            numbered = (out_dir.with_name(f"{out_dir.name}.{n}") for n in itertools.count(1))
-            aside = next(path for path in numbered if not path.exists())
-            try:
-                out_dir.rename(aside)
-            except OSError as error:
-                raise UserError(
-                    f"{out_dir} has a run and can not be moved aside ({error.strerror}); choose another out_dir"
-                ) from error
-            self.say(
-                f"the earlier run in {out_dir} is now in {aside}; to go on with it, --init_from=resume"
-            )
+        for tracker in self.trackers:
+            tracker.close()
 
     def start_clock(self) -> None:
+        """Count the time from now on: call this when training itself begins."""
+        self.bar.unpause()
         self.started = self.interval_started = time.perf_counter()
         self.interval_step = self.step
 
-    def update(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
-        """The update number `step` is done; every `log_interval`-th is logged."""
+    def training(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
+        """Log the update number `step` if it is a multiple of log_interval."""
+        self.bar.update(step - self.bar.n)
         if step % self.config.log_interval:
             return
         now = time.perf_counter()
         speed = (step - self.interval_step) * self.tokens_per_step / (now - self.interval_started)
         self.interval_started, self.interval_step = now, step
-        norm = (
-            grad_norm if math.isfinite(grad_norm) else None
-        )  # a step that float16's scaler left out
+        norm = grad_norm if math.isfinite(grad_norm) else None  # float16's scaler skipped this step
         self._record(step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=round(speed))
         if self.bar.disable:
             left = (self.config.max_iters - step) * self.tokens_per_step / speed
@@ -110,9 +93,10 @@ class Log:
         else:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
 
-    def evaluation(self, step: int, train_loss: float, val_loss: float, **sample: str) -> None:
-        """The losses after `step` updates, and what the model then says, if `sample=` has it."""
-        self._record(step, train_loss=train_loss, val_loss=val_loss, **sample)
+    def evaluation(self, step: int, train_loss: float, val_loss: float, sample: str = "") -> None:
+        """Log the losses after `step` updates and, if there is one, a sample of the model's text."""
+        extra = {"sample": sample} if sample else {}
+        self._record(step, train_loss=train_loss, val_loss=val_loss, **extra)
         self.say(
             f"step {step:6,} | epoch {step / self.steps_per_epoch:5.2f} | "
             f"training loss {train_loss:.4f} | validation loss {val_loss:.4f}"
@@ -120,7 +104,7 @@ class Log:
         self.interval_started, self.interval_step = time.perf_counter(), step
 
     def say(self, line: str) -> None:
-        """Print a line; the progress bar stays below it."""
+        """Print a line above the progress bar."""
         if self.is_first:
             self.bar.write(line, file=sys.stdout)
             sys.stdout.flush()
@@ -128,24 +112,20 @@ class Log:
     def _record(self, step: int, **figures) -> None:
         if not self.is_first:
             return
-        seconds = self.seconds_before + time.perf_counter() - self.started
-        record = {
-            "step": step,
-            "epoch": step / self.steps_per_epoch,
-            "seconds": round(seconds, 3),
-            **figures,
-        }
+        seconds = round(self.seconds_before + time.perf_counter() - self.started, 3)
+        record = {"step": step, "epoch": step / self.steps_per_epoch, "seconds": seconds, **figures}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            free = free_bytes(self.path.parent)
             raise UserError(
-                f"{self.path}: can not grow ({error.strerror}); {free_bytes(self.path.parent):,} bytes are free there"
+                f"{self.path}: can not grow ({error.strerror}); {free:,} bytes are free there"
             ) from error
-        for watcher in self.watchers:
-            watcher.log(figures, step)
+        for tracker in self.trackers:
+            tracker.log(figures, step)
 
 
 class Wandb:
@@ -153,14 +133,11 @@ class Wandb:
 
     def __init__(self, config) -> None:
         try:
-            import wandb
+            import wandb  # only needed if asked for
         except ImportError:
-            raise UserError(
-                "wandb_log=True, but the package is missing: pip install wandb"
-            ) from None
-        self.run = wandb.init(
-            project=config.wandb_project, name=config.wandb_run_name, config=asdict(config)
-        )
+            raise UserError("wandb_log=True needs: pip install wandb") from None
+        name, project = config.wandb_run_name, config.wandb_project
+        self.run = wandb.init(project=project, name=name, config=asdict(config))
 
     def log(self, figures: dict, step: int) -> None:
         self.run.log(figures, step=step)
@@ -170,14 +147,14 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files in out_dir, to be seen with `tensorboard --logdir=out`."""
+    """Event files in out_dir, for `tensorboard --logdir=out`."""
 
     def __init__(self, config) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # only needed if asked for
         except ImportError:
             raise UserError(
-                "tensorboard_log=True, but the package is missing: pip install tensorboard"
+                "tensorboard_log=True needs a package: pip install tensorboard"
             ) from None
         self.writer = SummaryWriter(config.out_dir)
 
@@ -192,16 +169,61 @@ class TensorBoard:
         self.writer.close()
 
 
+@contextmanager
+def claim_folder(out_dir: Path, resumed: bool, is_first: bool = True) -> Iterator[None]:
+    """Keep other runs out of out_dir inside the block. An earlier run there gets another name.
+
+    Waits a minute for a worker of a restarted torchrun that may still be ending. Raises UserError.
+    """
+    if not is_first:
+        yield
+        return
+    with lock_folder(out_dir, seconds=60 if "RANK" in os.environ else 0):
+        if not resumed and (out_dir / "ckpt.pt").exists():
+            aside = set_aside(out_dir.resolve())
+            print(f"the earlier run is now in {aside}; to continue a run, use --init_from=resume")
+        yield
+
+
+def set_aside(out_dir: Path) -> Path:
+    """Rename a folder to NAME.1, NAME.2, ..., the first that is free. Returns the new path."""
+    numbered = (out_dir.with_name(f"{out_dir.name}.{n}") for n in itertools.count(1))
+    aside = next(path for path in numbered if not path.exists())
+    try:
+        out_dir.rename(aside)
+    except OSError as error:
+        raise UserError(
+            f"{out_dir} has an earlier run and can not be renamed ({error.strerror}); "
+            "choose another out_dir"
+        ) from error
+    return aside
+
+
+def describe(trainer) -> str:
+    """Return a run in three lines."""
+    c, epochs = trainer.config, trainer.config.max_iters / trainer.steps_per_epoch
+    return (
+        f"{trainer.model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, "
+        f"{c.n_embd} wide, context {c.block_size}, vocabulary {trainer.tokenizer.vocab_size:,}\n"
+        f"{trainer.tokens_per_step:,} tokens per step, {trainer.steps_per_epoch:,.1f} steps per "
+        f"epoch, {c.max_iters:,} steps = {epochs:.1f} epochs of data/{c.dataset}\n"
+        f"{trainer.device} x {trainer.processes.count}, {dtype_name(trainer.dtype)}, {c.optimizer}"
+    )
+
+
 def read_log(path: Path) -> list[dict]:
-    """The records of a log.jsonl; a last line that a kill cut short is left out."""
+    """Return the records of a log.jsonl. A damaged line is left out, and a line on stderr says so."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the folder of a run with --out_dir")
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):  # a cut last line
         try:
-            records.append({"step": 0, "epoch": 0, "seconds": 0} | json.loads(line))
-        except (ValueError, TypeError, RecursionError):
-            raise UserError(
-                f"{path}: line {number} is no record of a run; remove the line"
-            ) from None
+            record = {"epoch": 0, "seconds": 0} | json.loads(line)
+            names = {"step", "epoch", "seconds", "loss", "train_loss", "val_loss"} & record.keys()
+            assert "loss" in names or names >= {"train_loss", "val_loss"}
+            assert type(record["step"]) is int and isinstance(record.get("sample", ""), str)
+            assert all(type(record[name]) in (int, float) for name in names)
+            records.append(record)
+        except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
+            print(f"{path}: line {number} is damaged and was left out", file=sys.stderr)
     return records

@@ -1,83 +1,82 @@
-"""The picture and the table of a run: loss.png and samples.md, from log.jsonl."""
+"""Show a run: loss.png and samples.md from its log, and the writers of figures and tables."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from support.files import atomic_write
 from support.log import read_log
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def table(records: list[dict]) -> str:
-    """Epoch, losses and the first lines of what the model said, of each evaluation with a sample."""
-    lines = [
-        "epoch | training loss | validation loss | the model says",
-        "----: | ------------: | --------------: | ---",
-    ]
-    for r in records:
-        if "sample" in r:
-            said = " / ".join(line for line in r["sample"].splitlines() if line)
-            said = said if len(said) <= 90 else said[:90].rsplit(" ", 1)[0] + " ..."
-            lines.append(
-                f"{r['epoch']:5.3g} | {r['train_loss']:13.4f} | {r['val_loss']:15.4f} | {said}"
-            )
+
+def write_report(out_dir: Path) -> str:
+    """Write loss.png and samples.md of a run. Returns the table of its samples, or ""."""
+    records = read_log(out_dir / "log.jsonl")
+    save_figure(draw_losses(out_dir.name, records), out_dir / "loss.png")
+    samples = [r for r in records if "sample" in r]
+    parts = ["# Samples\n", samples_table(samples)]
+    for r in samples:
+        title = f"Epoch {r['epoch']:.3g}, validation loss {r['val_loss']:.4f}"
+        parts.append(f"\n## {title}\n\n```text\n{r['sample']}\n```")
+    with atomic_write(out_dir / "samples.md") as file:
+        file.write(("\n".join(parts) + "\n").encode())
+    return samples_table(samples) if samples else ""
+
+
+def samples_table(samples: list[dict]) -> str:
+    """Return a Markdown table of epoch, losses and the beginning of the text of each sample."""
+    rows = []
+    for r in samples:
+        text = " / ".join(line for line in r["sample"].splitlines() if line)
+        text = text if len(text) <= 90 else text[:90].rsplit(" ", 1)[0] + " ..."
+        text = text.replace("|", "\\|")
+        rows.append([f"{r['epoch']:.3g}", f"{r['train_loss']:.4f}", f"{r['val_loss']:.4f}", text])
+    header = ["epoch", "training loss", "validation loss", "sample"]
+    return markdown_table(header, rows, right={0, 1, 2})
+
+
+def markdown_table(header: list[str], rows: list[list[str]], right: set[int] = frozenset()) -> str:
+    """Return a Markdown table; the columns in `right` are aligned to the right."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(3, *map(len, column)) for column in columns[:-1]] + [0]  # the last is not padded
+    rule = ["-" * (w - 1) + ":" if i in right else "-" * max(3, w) for i, w in enumerate(widths)]
+    lines = []
+    for row in (header, rule, *rows):
+        pad = [str.rjust if i in right else str.ljust for i in range(len(row))]
+        cells = [pad[i](cell, widths[i]) for i, cell in enumerate(row)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def write_samples(out_dir: Path, records: list[dict]) -> None:
-    parts = ["# What the model said\n", table(records)]
-    for r in records:
-        if "sample" in r:
-            parts.append(
-                f"\n## Epoch {r['epoch']:.3g}, validation loss {r['val_loss']:.4f}\n\n```text\n{r['sample']}\n```"
-            )
-    with atomic_write(out_dir / "samples.md") as file:
-        file.write(("\n".join(parts) + "\n").encode())
+def draw_losses(name: str, records: list[dict]) -> "Figure":
+    """Return a figure of the training and validation losses over the epochs of a run."""
+    from matplotlib.figure import Figure  # takes half a second, which the start need not wait for
 
-
-def draw_losses(out_dir: Path, records: list[dict]) -> None:
-    from matplotlib.figure import (
-        Figure,  # half a second that a short run need not wait for at its start
-    )
-
-    steps = [r for r in records if "loss" in r]
-    evaluations = [r for r in records if "val_loss" in r]
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    axes.plot(
-        [r["epoch"] for r in steps],
-        [r["loss"] for r in steps],
-        color="0.8",
-        lw=0.8,
-        label="each batch",
-    )
+    steps = [r for r in records if "loss" in r]
+    x, y = [r["epoch"] for r in steps], [r["loss"] for r in steps]
+    axes.plot(x, y, color="0.8", lw=0.8, label="each batch")
+    evaluations = [r for r in records if "val_loss" in r]
+    x = [r["epoch"] for r in evaluations]
     for key, color, label in (
         ("train_loss", "tab:blue", "training"),
         ("val_loss", "tab:orange", "validation"),
     ):
-        x, y = [r["epoch"] for r in evaluations], [r[key] for r in evaluations]
-        axes.plot(x, y, color=color, marker=".", label=label)
+        axes.plot(x, [r[key] for r in evaluations], color=color, marker=".", label=label)
     if evaluations:
-        end = evaluations[-1]
-        axes.annotate(
-            f"{end['val_loss']:.3f}",
-            (end["epoch"], end["val_loss"]),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-        )
-    axes.set(
-        xlabel="epoch",
-        ylabel="loss (nats per token)",
-        title=f"{out_dir.name}: training and validation loss",
-    )
+        end = (x[-1], evaluations[-1]["val_loss"])
+        style = dict(xytext=(0, 8), textcoords="offset points", ha="center")
+        axes.annotate(f"{end[1]:.3f}", end, **style)
+    title = f"{name}: training and validation loss"
+    axes.set(xlabel="epoch", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_write(out_dir / "loss.png") as file:
+    return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a matplotlib figure as a PNG file, completely or not at all."""
+    with atomic_write(path) as file:
         figure.savefig(file, format="png")
-
-
-def write_report(out_dir: Path) -> None:
-    """Write loss.png and samples.md, and print the table."""
-    records = read_log(out_dir / "log.jsonl")
-    draw_losses(out_dir, records)
-    write_samples(out_dir, records)
-    print(table(records))

@@ -1,11 +1,13 @@
-"""Where the arithmetic runs and in which precision: what 'auto' means for device, dtype and compile."""
+"""Where and how the arithmetic runs: device, dtype, torch.compile, memory, signals."""
 
 import ctypes
 import os
 import platform
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 import torch
@@ -16,101 +18,123 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """'auto' is a CUDA GPU, else Apple's, else the CPU; any other name is taken if it is there."""
+    """Return the device called `name`; 'auto' is CUDA, or Apple's mps, or the CPU."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(
-            f"device {name!r}: not a device; use auto, cpu, cuda, cuda:1 or mps"
+            f"device={name} is not a device; use auto, cpu, cuda, cuda:1 or mps"
         ) from None
-    count = {
+    counts = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
     }
-    if (device.index or 0) >= count.get(device.type, 0):
-        raise UserError(
-            f"device {name!r}: torch finds {count.get(device.type, 0)} of these here; use --device=auto"
-        )
+    count = counts.get(device.type, 0)
+    if (device.index or 0) >= count:
+        raise UserError(f"device={name}: torch finds {count} of these here; use --device=auto")
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 where the device multiplies it natively, else float32.
+    """Return the dtype called `name`; 'auto' is bfloat16 where the device has it, or float32.
 
-    An old GPU gets float32 too: float16 overflows, and is for those who ask for it.
+    An old GPU gets float32, too: float16 can overflow, so it must be asked for.
     """
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":  # bfloat16 in hardware came with Ampere, compute capability 8
+        native = torch.cuda.get_device_capability(device)[0] >= 8
     elif device.type == "cpu":
         features = torch.cpu.get_capabilities()  # of x86 and of ARM
         native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
     else:
-        native = False  # Apple's GPU has no faster path for it
+        native = False  # Apple's GPU computes bfloat16 no faster than float32
     return torch.bfloat16 if native else torch.float32
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of one training step for the next.
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that the option has: bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
-    By default it gives large blocks back, and the system clears each page of them before it is used
-    again: a quarter of the time of phase 1 on a CPU. Other systems' allocators are left alone.
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Return a context in which matrix products run in `dtype` and sums stay in float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def set_up(device: torch.device, deterministic: bool = False) -> None:
+    """Make training on `device` fast and, on a CPU or if `deterministic`, the same to the last bit.
+
+    On a GPU the gradient of the embeddings is otherwise added up in any order.
+    """
+    if device.type == "cuda":
+        # TF32 for products of float32: eight times as fast on an A100 (NVIDIA's data sheet).
+        torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu":
+        # Otherwise a compiled sum over embeddings adds in any order.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # only finds bugs, and costs time
+        )
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep the memory of one training step for the next.
+
+    By default it returns large blocks to the system, which clears every page before the next use: a
+    quarter of the time of phase 1 on a CPU. Other systems' allocators are left alone.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt  # mallopt(3)
-        if mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD out of reach; older versions refuse
-            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD out of reach
-            mallopt(-2, 1 << 28)  # M_TOP_PAD: few requests to the system, large ones
+        if mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD: never; older versions refuse
+            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: never
+            mallopt(-2, 1 << 28)  # M_TOP_PAD: few but large requests to the system
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were in use on a GPU, or, elsewhere, by this process since it began."""
+    """Return the most bytes in use so far: on a GPU by tensors, elsewhere by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if platform.system() == "Windows":
         return psutil.Process().memory_info().peak_wset
-    import resource  # which Windows does not have
+    import resource  # Windows does not have it
 
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def repeatable() -> None:
-    """Have a run on a CPU repeat to the bit: a compiled sum over embeddings is otherwise added up in any order."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # which would cost time, and finds bugs of torch
-    )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As the option has it: bfloat16, not torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Matrix products in `dtype`, everything that needs the digits in float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+@contextmanager
+def explain_out_of_memory(batch_size: int, accumulation: int) -> Iterator[None]:
+    """Turn every out-of-memory error inside into a UserError that says which options to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = (
+            "allocate memory",
+            "out of memory",
+            "Invalid buffer size",
+        )  # CPU; CUDA and mps; mps
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
+            raise
+        raise UserError(
+            f"out of memory at batch_size={batch_size}; divide it and multiply "
+            f"gradient_accumulation_steps={accumulation} by the same factor: the result is the same"
+        ) from error
 
 
 def why_not_compile(option: bool | str, device: torch.device, steps: int) -> str:
-    """Why torch.compile is left out; empty if it is to be used. 'auto' compiles where that pays."""
+    """Return the reason not to use torch.compile, or "". 'auto' compiles where that pays."""
     if option != "auto":
-        return "" if option else "asked for"
+        return "" if option else "--compile=False"
     if steps < 1000:
-        return "it would take longer than these few steps"
+        return f"compiling takes longer than {steps} steps save"
     if device.type == "mps":
-        return "not on Apple's GPU"
+        return "torch.compile is not ready for Apple's GPU"
     if device.type == "cuda" and platform.system() == "Windows":
         return "Triton has no Windows build"
     if device.type == "cpu" and not any(
@@ -120,15 +144,87 @@ def why_not_compile(option: bool | str, device: torch.device, steps: int) -> str
     return ""
 
 
-def compile_model(model: Callable, try_out: Callable[[Callable], object]) -> tuple[Callable, str]:
-    """The model (or its forward) compiled, or as it is and why: compilation happens, and fails, in `try_out`."""
-    compiled = torch.compile(model)
+def compile_model(trainer, say: Callable[[str], None] = print) -> str:
+    """Wrap trainer.model for its processes, compile it, and set trainer.ddp and trainer.step_model.
+
+    Returns a line about the result. A model that can not be compiled is used as it is.
+    """
+    started = time.perf_counter()
+    trainer.ddp = trainer.step_model = trainer.processes.wrap(trainer.model)
+    # Decided by the length of the whole run, so that a run resumed near its end computes the same.
+    config = trainer.config
+    reason = why_not_compile(config.compile, trainer.device, config.max_iters)
+    if reason:
+        return f"not compiled: {reason}"
+    say("compiling the model (about 30 s) ...")
+    trainer.step_model = torch.compile(trainer.ddp)
     try:
-        try_out(compiled)
+        try_out(trainer)
     except Exception as error:  # a missing compiler or header, an unsupported processor, ...
         torch.compiler.reset()
-        return (
-            model,
-            f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:100]}",
+        reason = (
+            f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0][:100]}"
         )
-    return compiled, ""
+    reasons = [reason for reason in trainer.processes.gather(reason) if reason]
+    if reasons:  # if one process can not compile, none does
+        trainer.step_model = trainer.ddp
+        return f"not compiled: {reasons[0]}"
+    return f"compiled in {time.perf_counter() - started:.0f} s"
+
+
+def try_out(trainer) -> None:
+    """Run one forward and backward pass, in which a compiled model is compiled."""
+    x, y = trainer.micro_batch(step=0, micro=0)
+    no_exchange = trainer.ddp.no_sync() if trainer.processes.distributed else nullcontext()
+    try:
+        with no_exchange:
+            with autocast(trainer.device, trainer.dtype):
+                loss = trainer.step_model(x, y)[1]
+            loss.backward()
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+
+
+def median_seconds(function: Callable, device: torch.device, at_most: float = 10) -> float:
+    """Return the median time of five calls, or of as many as begin within `at_most` seconds."""
+    seconds = []
+    while len(seconds) < 5 and sum(seconds) < at_most:
+        started = now(device)
+        function()
+        seconds.append(now(device) - started)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds at which `device` has finished all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class StopSignal:
+    """Remember a signal: `with StopSignal() as stop:` sets stop.number, which is 0 before.
+
+    The run finishes its step and saves. A second Ctrl-C ends the process at once.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self.number = 0
+        names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self.before = {n: signal.getsignal(n) for n in numbers}
+        for n, handler in self.before.items():
+            if handler != signal.SIG_IGN:  # nohup ignores SIGHUP, and that must stay so
+                signal.signal(n, self.receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
+
+    def receive(self, number: int, _frame) -> None:
+        if self.number and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.number = number
+        if number == signal.SIGINT:  # not print(): the signal may interrupt another print
+            os.write(1, b"\nstopping after this step; press Ctrl-C again to stop at once\n")

@@ -1,11 +1,11 @@
 """Text to token ids and back.
 
-Both tokenizers have the same few parts:
+Both tokenizers have the same methods:
 
-    vocab_size          ids are 0 ... vocab_size - 1
-    encode(text)        list of ids; UserError names what it can not encode
-    decode(ids)         text; decode_bytes(ids) is exact where ids end in the middle of a character
-    to_dict()           plain values for meta.json and for checkpoints; `from_dict` reads them back
+    vocab_size          token ids are 0 ... vocab_size - 1
+    encode(text)        list of token ids; raises UserError for text that it can not encode
+    decode(ids)         text; decode_bytes(ids) is exact even where ids end inside a character
+    to_dict()           plain values for meta.json and checkpoints; `from_dict` turns them back
 """
 
 import re
@@ -14,42 +14,41 @@ from collections.abc import Iterable
 import numpy as np
 import tiktoken
 
-from configurator import UserError
+from configurator import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's way to cut text into words before any bytes are merged, so that no token spans two of them
+AGAIN = "prepare the data set again"
+# GPT-2 first splits text into words, then merges bytes inside each word: no token spans two words
 # (https://github.com/openai/gpt-2/blob/master/src/encoder.py, `self.pat`).
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Text is encoded in pieces of at most 500,000 characters: one word of 200 MB would take 3 GB of
+# memory. A piece ends before a space that follows a word, where the pattern splits anyway; only a
+# longer text without such a place is cut elsewhere.
+PIECES = re.compile(r".{1,500000}(?:(?<=\S)(?= )|\Z)|.{1,500000}", re.DOTALL)
+# Characters of every kind that a pattern may treat differently, to find a pattern with gaps.
+PROBE = "It's 12 a_b\t!?\r\n\n  \0\x7f\xa0\xe9e\u0301\u0e01\u4f60\u2028\xbd\u20ac\U0001f600 end\n"
 
 
 class Tokenizer:
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        raise NotImplementedError
-
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character; its id is its place in the sorted alphabet."""
+    """One token per character; the id of a character is its position in the sorted alphabet."""
 
     def __init__(self, chars: str) -> None:
         if list(chars) != sorted(set(chars)) or not chars:
             raise UserError(
-                f"character tokenizer: {chars[:40]!r} is no sorted alphabet; prepare the data set again"
+                f"character tokenizer: {chars[:40]!r} is not a sorted alphabet; {AGAIN}"
             )
-        self.chars = chars
+        self.chars, self.vocab_size = chars, len(chars)
         self.ids = {char: i for i, char in enumerate(chars)}
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
-        """The alphabet of `text`."""
         return cls("".join(sorted(set(text))))
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.chars)
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -57,8 +56,8 @@ class CharTokenizer(Tokenizer):
         except KeyError as error:
             char = error.args[0]
             raise UserError(
-                f"{text[:30]!r}: character {char!r} at position {text.index(char)} is not among the "
-                f"{self.vocab_size} characters of this vocabulary: {self.chars[:200]!r}"
+                f"{text[:30]!r}: character {char!r} at position {text.index(char)} is not one of "
+                f"the {self.vocab_size} characters of this vocabulary: {self.chars[:200]!r}"
             ) from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -69,103 +68,90 @@ class CharTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level byte pair encoding, as GPT-2 has it (Radford et al. 2019, section 2.2).
+    """Byte-level byte pair encoding as in GPT-2 (Radford et al. 2019, section 2.2).
 
-    A token is a string of bytes. The first 256 are the single bytes, so nothing is unknown; each
-    later one joins two earlier ones, and the pair that comes first in `tokens` is joined first. The
-    id of a token is its place in `tokens`; the last id, behind them all, is <|endoftext|>.
+    A token is a string of bytes, its id is its position in `tokens`; the last id is <|endoftext|>.
+    All single bytes are tokens, so any text can be encoded. Every longer token joins two earlier
+    ones, and the pair that gives the lowest id is merged first.
     """
 
     def __init__(self, tokens: list[bytes], pattern: str = SPLIT_PATTERN) -> None:
-        self.tokens, self.pattern, self.end_of_text = tokens, pattern, len(tokens)
+        self.tokens, self.pattern = tokens, pattern
+        self.end_of_text, self.vocab_size = len(tokens), len(tokens) + 1
+        self.token_bytes = np.array([len(token) for token in [*tokens, END_OF_TEXT]])
+        ranks, special = {t: i for i, t in enumerate(tokens)}, {END_OF_TEXT: len(tokens)}
         try:
-            ranks = {token: i for i, token in enumerate(tokens)}
+            if len(ranks) < len(tokens) or not ranks.keys() >= {bytes([i]) for i in range(256)}:
+                raise ValueError("a single byte is missing or a token occurs twice")
             self.encoding = tiktoken.Encoding(
-                "bpe",
-                pat_str=pattern,
-                mergeable_ranks=ranks,
-                special_tokens={END_OF_TEXT: len(tokens)},
-                explicit_n_vocab=len(tokens) + 1,
+                "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
-            whole = len(ranks) == len(tokens) and ranks.keys() >= {
-                bytes([byte]) for byte in range(256)
-            }
-        except (
-            Exception
-        ) as error:  # whatever tiktoken's Rust part has to say of a pattern or of tokens
-            raise UserError(f"BPE tokenizer: {error}; prepare the data set again") from error
-        if not whole:
-            raise UserError(
-                "BPE tokenizer: a byte is missing or a token is there twice; prepare the data set again"
-            )
+        except Exception as error:  # tiktoken raises many kinds for a bad pattern or bad tokens
+            raise UserError(f"BPE tokenizer: {one_line(error)[:150]}; {AGAIN}") from error
+        self.encode_document(PROBE)  # raises UserError if the pattern skips a kind of character
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """The `vocab_size` tokens that shorten `texts` most, or fewer if no pair of tokens is left to join."""
-        import rustbpe  # here, because who has a tokenizer does not need it
+        """Return a tokenizer of `vocab_size` tokens, or fewer if no pair is left to merge."""
+        import rustbpe  # here, because it is only needed to train a new tokenizer
 
         bpe = rustbpe.Tokenizer()
         bpe.train_from_iterator(iter(texts), vocab_size - 1, pattern=SPLIT_PATTERN)
-        return cls(
-            [
-                bytes(token)
-                for token, _ in sorted(bpe.get_mergeable_ranks(), key=lambda pair: pair[1])
-            ]
-        )
+        return cls([bytes(token) for token, _ in bpe.get_mergeable_ranks()])
 
     @classmethod
     def gpt2(cls) -> "BPETokenizer":
-        """GPT-2's own 50,257 tokens, which tiktoken downloads once."""
+        """Return GPT-2's own tokenizer of 50,257 tokens. tiktoken downloads its files once."""
         try:
             encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # of the network, of the file system, or of a wrong checksum
+        except Exception as error:  # no network, no disk space, or a wrong checksum
             raise UserError(
-                f"GPT-2's vocabulary can not be downloaded ({str(error)[:150]}); put its files vocab.bpe and "
-                "encoder.json into a folder, under the names 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and "
+                f"could not download GPT-2's vocabulary ({one_line(error)[:150]}); put vocab.bpe "
+                "and encoder.json into a folder as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and "
                 "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6, and set TIKTOKEN_CACHE_DIR to the folder"
             ) from error
         return cls([encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)])
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self.tokens) + 1
-
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt: in it `<|endoftext|>` is the token, as the start of a document.
+        """Return the token ids of a prompt, in which `<|endoftext|>` stands for that token.
 
-        Bytes that are no UTF-8 stand in `text` as Python has them in arguments and file names, as
-        surrogates (PEP 383), and keep their value.
+        Surrogates that stand for bytes of an argument (PEP 383) become these bytes, others U+FFFD.
         """
-        ids = []
+        ids, text = [], re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
         for part in re.split("([\udc80-\udcff])", text):
             if re.fullmatch("[\udc80-\udcff]", part):
-                ids.append(
-                    self.encoding.encode_single_token(part.encode("utf-8", "surrogateescape"))
-                )
+                ids.append(self.tokens.index(part.encode("utf-8", "surrogateescape")))
             else:
-                ids += self.encoding.encode(part, allowed_special={END_OF_TEXT})
+                ids += self._encode(part, {END_OF_TEXT}).tolist()
         return ids
 
     def encode_document(self, text: str) -> np.ndarray:
-        """The ids of a document, uint32, with the <|endoftext|> that ends it; no other is special."""
-        return np.append(
-            self.encoding.encode_to_numpy(text, disallowed_special=()), np.uint32(self.end_of_text)
-        )
+        """Return the token ids of a document (uint32), then <|endoftext|>, which ends it."""
+        return np.append(self._encode(text, set()), np.uint32(self.end_of_text))
+
+    def _encode(self, text: str, special: set[str]) -> np.ndarray:
+        options = {"allowed_special": special, "disallowed_special": ()}
+        encode, pieces = self.encoding.encode_to_numpy, PIECES.findall(text) or [""]
+        try:
+            ids = np.concatenate([encode(piece, **options) for piece in pieces])
+            if self.token_bytes[ids].sum() != len(text.encode()):  # tiktoken itself says nothing
+                raise ValueError(f"the pattern {self.pattern[:60]!r} skips characters")
+        except ValueError as error:  # also for a pattern that needs too much time or memory
+            reason = f"{one_line(error)[:150]} (text {text[:30]!r})"
+            raise UserError(f"BPE tokenizer: {reason}; {AGAIN}") from error
+        return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.encoding.decode_bytes(list(ids))
 
     def to_dict(self) -> dict:
-        # A byte as the character with its number (Latin-1): most tokens can be read in meta.json.
-        return {
-            "kind": "bpe",
-            "pattern": self.pattern,
-            "tokens": [token.decode("latin-1") for token in self.tokens],
-        }
+        # Latin-1 maps each byte to one character, so most tokens are readable in meta.json.
+        tokens = [token.decode("latin-1") for token in self.tokens]
+        return {"kind": "bpe", "pattern": self.pattern, "tokens": tokens}
 
 
 def from_dict(fields: dict) -> CharTokenizer | BPETokenizer:
-    """The tokenizer whose `to_dict` gave `fields`."""
+    """Return the tokenizer whose `to_dict` gave `fields`. Raises UserError."""
     match fields:
         case {"kind": "char", "chars": str(chars)}:
             return CharTokenizer(chars)
@@ -173,6 +159,6 @@ def from_dict(fields: dict) -> CharTokenizer | BPETokenizer:
             try:
                 return BPETokenizer([token.encode("latin-1") for token in tokens], pattern)
             except (AttributeError, UnicodeEncodeError) as error:
-                raise UserError(f"BPE tokenizer: a token is no string of bytes ({error})") from None
+                raise UserError(f"BPE tokenizer: a token is not bytes ({error}); {AGAIN}") from None
         case _:
-            raise UserError(f"unknown tokenizer {str(fields)[:80]!r}; prepare the data set again")
+            raise UserError(f"unknown tokenizer {str(fields)[:80]!r}; {AGAIN}")
