@@ -10,12 +10,11 @@ what the option accepts, and the comment behind it is what --help prints:
     config = configure(Options)    # python script.py config/big.py --batch_size=64
 
 Arguments apply from left to right. A config file is Python that assigns to option names. It sees
-their current values; names of its own begin with an underscore.
+their current values; its own names begin with an underscore.
 """
 
 import ast
 import difflib
-import math
 import os
 import re
 import sys
@@ -32,7 +31,7 @@ class UserError(ValueError):
 
 
 def configure(cls: type, argv: list[str] | None = None):
-    """Return an instance of the dataclass `cls` made from `argv`, by default the command line.
+    """Return the dataclass `cls` made from `argv`, by default the command line.
 
     Exits with code 0 after --help, and with one line and code 2 on a mistake.
     """
@@ -83,97 +82,89 @@ def read_options(cls: type, argv: list[str]):
     values = {field.name: field.default for field in fields(cls)}
     for arg in argv:
         if not arg.startswith("-"):
-            values = read_config_file(arg, values, accepted)
+            values |= read_config_file(arg, values, accepted)
             continue
         name, equals, text = arg.removeprefix("--").partition("=")
-        check_name(name, accepted, arg)
-        if equals:
-            value = parse(text, accepted[name])
-        elif bool in alternatives(accepted[name]):
-            value = True
-        else:
+        if not equals and bool in alternatives(accepted.get(name)):
+            text = "True"
+        elif not equals and name in accepted:
             raise UserError(f"{arg} needs a value, as in --{name}={values[name]}")
-        values[name] = check_value(name, value, accepted[name], arg)
+        values[name] = check(name, parse(text, accepted.get(name)), accepted, arg)
     return cls(**values)
 
 
 def read_config_file(path: str, values: dict, accepted: dict) -> dict:
-    """Run the config file at `path` and return `values` with its assignments."""
+    """Run the config file at `path`, which sees `values`, and return its assignments."""
     if not Path(path).is_file():
-        near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), n=1)
-        hint = f"did you mean {near[0]}?" if near else "an option is written --name=value"
+        hint = suggest(path, map(str, Path(path).parent.glob("*.py")), "options begin with --")
         raise UserError(f"{path}: no such config file; {hint}")
     namespace = {**values, "__name__": "config", "__file__": path}
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
     except (Exception, SystemExit) as error:
         raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
-    values = dict(values)
-    for name, value in namespace.items():
-        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
-            continue
-        check_name(name, accepted, path)
-        values[name] = check_value(name, value, accepted[name], path)
-    return values
-
-
-def check_name(name: str, accepted: dict, where: str) -> None:
-    """Raise UserError, with the most similar option, if there is no option `name`."""
-    if name not in accepted:
-        near = difflib.get_close_matches(name, accepted, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "--help lists all options"
-        raise UserError(f"{where}: there is no option {name!r}; {hint}")
-
-
-def alternatives(annotation) -> tuple:
-    """Return the types that an annotation allows: int | None -> (int, NoneType); int -> (int,)."""
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
+    return {
+        name: check(name, value, accepted, path)
+        for name, value in namespace.items()
+        if not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+    }
 
 
 def parse(text: str, annotation):
     """Return the value that `text` stands for: a Python literal, or the text itself."""
     if annotation is str:
         return text
-    if text in ("true", "false"):
-        return text == "true"
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
-def check_value(name: str, value, annotation, where: str):
-    """Return `value` if `annotation` allows it; an int becomes a float where only a float fits."""
+def alternatives(annotation) -> tuple:
+    """Return the types that an annotation allows: int | None -> (int, NoneType); int -> (int,)."""
+    is_literal = typing.get_origin(annotation) is typing.Literal
+    return (annotation,) if is_literal else typing.get_args(annotation) or (annotation,)
+
+
+def check(name: str, value, accepted: dict, where: str):
+    """Return `value` if option `name` accepts it; an int becomes a float where only that fits."""
+    if name not in accepted:
+        hint = suggest(name, accepted, "--help lists all options")
+        raise UserError(f"{where}: there is no option {name!r}; {hint}")
     if type(value) is int and abs(value) >= 1 << 63:
-        raise UserError(f"{where}: {name} must be below 2 ** 63")
+        value = "a number of 64 bits or more"
+    if "\0" in str(value):  # no path has one
+        raise UserError(f"{where}: {name} has a NUL character")
     expected = []
-    for kind in alternatives(annotation):
+    for kind in alternatives(accepted[name]):
+        if kind is float and type(value) is int:
+            value = float(value)
         if typing.get_origin(kind) is typing.Literal:
             if value in typing.get_args(kind):
                 return value
             expected += map(repr, typing.get_args(kind))
-            continue
-        if kind is float and type(value) is int:
-            return float(value)
-        finite = kind is not float or type(value) is float and math.isfinite(value)
-        if type(value) is kind and finite and "\0" not in str(value):  # no path has a NUL
+        elif type(value) is kind and str(value) not in ("nan", "inf", "-inf"):
             return value
-        names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
-        expected.append(names.get(kind, "None"))
+        else:
+            names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
+            expected.append(names.get(kind, "None"))
     raise UserError(f"{where}: {name} is {value!r} but must be {' or '.join(expected)}")
 
 
+def suggest(name: str, names: typing.Iterable[str], otherwise: str) -> str:
+    """Return "did you mean 'NAME'?" with the most similar of `names`, or `otherwise`."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
 def help_text(cls: type) -> str:
-    """Return every option with its default and its comment; a comment alone on a line is a title."""
+    """Return each option with its default and comment; a comment alone on a line is a title."""
     script = Path(sys.argv[0])
     program = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
-    usage = f"usage: python {program} [config.py ...] [--option=value ...]"
-    lines = [dedent(cls.__doc__).strip(), "", usage]
-    defaults = {field.name: field.default for field in fields(cls)}
+    lines = [cls.__doc__, "", f"usage: python {program} [config.py ...] [--option=value ...]"]
     for line in dedent(getsource(cls)).splitlines():
         if option := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
-            default = str(defaults[option[1]])
+            default = str(getattr(cls, option[1]))
             default = default if default.isprintable() else repr(default)
             lines.append(f"  {f'--{option[1]}={default}':38} {option[2]}")
         elif title := re.fullmatch(r"    # (.+)", line):

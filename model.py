@@ -246,7 +246,7 @@ class KVCache:
         B, nh, T, hs = k.size()
         if self.keys_values is None:
             self.keys_values = k.new_empty(2, B, nh, self.block_size, hs)
-        keys, values = self.keys_values
+        keys, values = self.keys_values[0], self.keys_values[1]
         start, self.length = self.length, self.length + T
         keys[:, :, start : self.length], values[:, :, start : self.length] = k, v
         return keys[:, :, : self.length], values[:, :, : self.length]

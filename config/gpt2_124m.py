@@ -1,9 +1,9 @@
-# GPT-2 Small as OpenAI made it: 12 layers, context 1024, its own 50,257 tokens, tied weights.
+# GPT-2 Small as OpenAI made it: 12 layers, context 1,024, its own 50,257 tokens, tied weights.
 #
 #     python prepare_openweb.py --size=all --tokenizer=gpt2 --dataset=openweb_gpt2
-#     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
+#     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py --init_from=auto
 #
-# About half a million tokens a step, as the GPT-3 paper has for this size (https://arxiv.org/abs/2005.14165,
+# About half a million tokens per step, as GPT-3 has for this size (https://arxiv.org/abs/2005.14165,
 # table 2.1). 19,000 steps are one pass over the 9 billion tokens of OpenWebText.
 
 dataset = "openweb_gpt2"
@@ -13,9 +13,9 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
-pad_vocab_to = 50304  # 393 * 128: rows that stand for no token, and make the head's products faster
+pad_vocab_to = 50304  # 393 * 128: the head's products are faster; the added rows are no tokens
 
-# 40 * 12 * 1024 = 491,520 tokens a step
+# 40 * 12 * 1,024 = 491,520 tokens per step
 batch_size = 12
 gradient_accumulation_steps = 40
 max_iters = 19000

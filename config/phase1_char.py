@@ -1,25 +1,25 @@
-# Phase 1: a GPT-2 of 0.4 million parameters learns to write Shakespeare, character by character.
+# Phase 1: a GPT-2 with 0.4 million parameters learns to write Shakespeare, character by character.
 #
 #     python prepare_shakespeare.py
 #     python train.py config/phase1_char.py
 #
-# 20 epochs; README.md has what they cost and reach. Everything that is not here is TrainConfig's default.
+# README.md says what these 20 epochs cost and reach. All other options have TrainConfig's defaults.
 
 dataset = "shakespeare_char"
 out_dir = "out/phase1_char"
 
-# GPT-2 in every respect but size
+# GPT-2 in every respect but its size
 n_layer = 2
 n_head = 4
 n_embd = 128
 block_size = 128
 
-# 32 * 128 = 4,096 tokens a step, 245 steps an epoch
+# 32 * 128 = 4,096 tokens per step, 245 steps per epoch
 batch_size = 32
 gradient_accumulation_steps = 1
 max_iters = 20 * 245
 
-# Muon learns more from each of these few tokens than AdamW; a small model stands high rates.
+# With so few tokens Muon learns more from each than AdamW. A small model tolerates high rates.
 optimizer = "muon"
 muon_lr = 0.03
 learning_rate = 4e-3
@@ -27,7 +27,7 @@ warmup_iters = 50
 lr_schedule = "linear"
 min_lr = 0.0
 
-# Evaluate after each epoch; show what the model says after epochs 1, 5, 10, 15 and 20.
+# Evaluate after each epoch; write a sample after epochs 1, 5, 10, 15 and 20.
 eval_interval = 245
 sample_interval = 5 * 245
 sample_start = "ROMEO:"

@@ -1,9 +1,9 @@
-# Phase 1 in half a minute: a first look, and as good as nanoGPT's README gets on a CPU.
+# Phase 1 in half a minute: a first look, as good as the run for CPUs in nanoGPT's README.
 #
 #     python prepare_shakespeare.py
 #     python train.py config/phase1_quick.py
 #
-# The model of phase 1 with half the context: a batch then holds more beginnings of sentences, from
+# The model of phase 1 with half the context. A batch then holds more beginnings of sentences, from
 # which such a small model learns most at first.
 
 dataset = "shakespeare_char"
@@ -14,13 +14,13 @@ n_head = 4
 n_embd = 128
 block_size = 64
 
-# 16 * 64 = 1,024 tokens a step, 0.4 epochs in all; compiling would take longer than these steps
+# 16 * 64 = 1,024 tokens per step, 0.4 epochs in all. Compiling would take longer than these steps.
 batch_size = 16
 gradient_accumulation_steps = 1
 max_iters = 420
 compile = False
 
-# Many small steps at high rates, which fall to zero by the end.
+# Many small steps at high rates, which fall to zero at the end
 optimizer = "muon"
 muon_lr = 0.04
 learning_rate = 8e-3

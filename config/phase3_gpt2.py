@@ -2,11 +2,12 @@
 #
 #     python prepare_openweb.py --size=12GB --dataset=openweb12
 #     python train.py config/phase3_gpt2.py --preflight
-#     torchrun --standalone --nproc_per_node=8 train.py config/phase3_gpt2.py
+#     python train.py config/phase3_gpt2.py --init_from=auto
+#     torchrun --standalone --nproc_per_node=8 train.py config/phase3_gpt2.py --init_from=auto
 #
-# It is larger than OpenAI's 124 million because the head is a matrix of its own. One pass over the
-# data; four of them, the 11 billion tokens with which a small model is still learning:
-# --max_iters=168000 from the start, since the learning rate falls over the whole run.
+# It is larger than OpenAI's 124 million because the head is a matrix of its own. 42,000 steps are
+# one pass over the data. The learning rate falls over the whole run, so choose --max_iters at the
+# start: with 168,000 steps, four passes, the model still learns.
 
 dataset = "openweb12"
 out_dir = "out/phase3_gpt2"
@@ -18,7 +19,8 @@ block_size = 512
 bias = True
 tie_weights = False
 
-# 8 * 16 * 512 = 65,536 tokens a step, shared by up to 8 processes; 42,000 steps are 2.75 billion tokens
+# 8 * 16 * 512 = 65,536 tokens per step, shared by up to 8 processes. One GPU with 80 GB computes
+# the same update faster with --batch_size=64 --gradient_accumulation_steps=2.
 batch_size = 16
 gradient_accumulation_steps = 8
 max_iters = 42000

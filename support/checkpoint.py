@@ -41,12 +41,12 @@ KINDS = {  # what a file must have, and of which kind
 def save_checkpoint(path: Path, model: GPT, **state) -> None:
     """Write `model` and `state` to `path`. An earlier file stays complete until it is replaced.
 
-    Raises UserError if a weight is not finite, or if the disk does not take the file.
+    Raises UserError if a weight is not finite or the disk does not take the file.
     """
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(
-            f"{path}: not saved, because the weights are not finite; the earlier file is unchanged: "
-            "lower learning_rate or raise warmup_iters, and continue with --init_from=resume"
+            f"{path}: not saved, the weights are not finite; the earlier file is unchanged: lower "
+            "learning_rate or raise warmup_iters, and continue with --init_from=resume"
         )
     checkpoint = {
         "format": FORMAT,
@@ -91,10 +91,9 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict]:
         elif not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
             raise UserError(f"not a checkpoint of this program (format {FORMAT}) or of nanoGPT")
         for name, kind in KINDS.items():
-            if type(checkpoint.get(name)) is not kind:
-                raise UserError(
-                    f"{name} is {str(checkpoint.get(name))[:50]!r}, not {kind.__name__}"
-                )
+            value = checkpoint.get(name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(f"{name} is {str(value)[:50]!r}, not {kind.__name__}")
         if checkpoint["step"] < 0 or math.isnan(checkpoint["best_val_loss"]):
             raise UserError("step or best_val_loss is out of range")
         return build_model(checkpoint["model_config"], checkpoint["model"]), checkpoint

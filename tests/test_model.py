@@ -12,13 +12,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogi
 import model as model_module
 from configurator import read_options
 from model import GPT, GPTConfig, attention, sample_token
+from support.optimizers import param_groups
 from train import TrainConfig
 
 SMALL = dict(vocab_size=97, block_size=24, n_layer=3, n_head=4, n_embd=32)
 
 
 def small_model(**changed) -> GPT:
-    """A small model whose every parameter, the biases and norms too, is random."""
+    """Return a small model in which every parameter, biases and norms included, is random."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, **changed}))
     with torch.no_grad():
@@ -32,7 +33,7 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 def reference(model: GPT) -> GPT2LMHeadModel:
-    """`transformers`' GPT-2 with the same weights; its linear layers store the transposed matrix."""
+    """Return transformers' GPT-2 with the same weights; its linear layers store them transposed."""
     c = model.config
     hf = GPT2LMHeadModel(
         GPT2Config(
@@ -75,7 +76,7 @@ def test_logits_and_gradients_equal_transformers(tie_weights):
         )
 
 
-def test_loss_leaves_out_targets_of_minus_one():
+def test_targets_of_minus_one_do_not_count():
     model, x, y = small_model(), tokens(2, 24), tokens(2, 24).flip(1)
     y[:, 10:] = -1
     expected = F.cross_entropy(model(x)[0][:, :10].flatten(0, 1), y[:, :10].flatten())
@@ -133,7 +134,7 @@ def test_attention_equals_scaled_dot_product_attention(bf16):
 @pytest.mark.parametrize(
     "part", ["attention weights", "embedding", "attention output", "mlp output"]
 )
-def test_each_place_drops_in_training_alone(part):
+def test_every_dropout_is_active_in_training_only(part):
     model, x = small_model(dropout=0.5), tokens(2, 24)
     assert torch.equal(model(x)[0], model(x)[0])
     model.train()
@@ -238,7 +239,7 @@ def test_gelu_has_both_its_forms():
 def test_every_parameter_is_in_one_group_and_vectors_are_not_decayed():
     for tie_weights in (True, False):
         model = small_model(tie_weights=tie_weights)
-        groups = model.param_groups()
+        groups = param_groups(model)
         listed = [p for group in groups.values() for p in group]
         assert len(listed) == len(set(listed)) and set(listed) == set(model.parameters())
         assert all(p.dim() == 1 for p in groups["vector"])
@@ -300,7 +301,9 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(temperature, to
         kept = TopPLogitsWarper(top_p)(None, kept)
     expected = kept.softmax(-1)[0]
     n = 20_000
-    drawn = sample_token(logits.expand(n, -1), temperature, top_k, top_p).flatten()
+    drawn = sample_token(
+        logits.expand(n, -1), temperature=temperature, top_k=top_k, top_p=top_p
+    ).flatten()
     frequency = torch.bincount(drawn, minlength=30) / n
     assert torch.equal(
         frequency > 0, frequency * (expected > 0) > 0
@@ -308,7 +311,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(temperature, to
     torch.testing.assert_close(frequency, expected, rtol=0, atol=0.02)
 
 
-def test_temperature_zero_takes_the_likeliest_token():
+def test_temperature_zero_takes_the_most_likely_token():
     logits = torch.randn(16, 30)
     assert torch.equal(sample_token(logits, temperature=0), logits.argmax(-1, keepdim=True))
 
