@@ -42,7 +42,7 @@ class GPTConfig:
     gelu: Literal["tanh", "exact"] = "tanh"  # GPT-2 has tanh, nanoGPT has exact
 
     def __post_init__(self) -> None:
-        assert self.n_embd % self.n_head == 0, "n_embd must be a multiple of n_head"
+        assert self.n_embd % self.n_head == 0
         assert self.pad_vocab_to == 0 or self.pad_vocab_to >= self.vocab_size
 
 
@@ -170,9 +170,8 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the logits (B, T, V) of token ids idx (B, T) and, with `targets` (B, T), the loss.
 
-        The loss is the mean cross-entropy in nats per token; targets of -1 do not count. With
-        `caches`, one per layer, idx has only the tokens after the cached ones, and the logits are
-        those of the last token, (B, 1, V).
+        The loss is the mean cross-entropy in nats per token; targets of -1 do not count. With one
+        cache per layer, idx has only the new tokens, and the logits are the last one's, (B, 1, V).
         """
         T = idx.size(1)
         past = caches[0].length if caches else 0
@@ -189,8 +188,7 @@ class GPT(nn.Module):
             return logits, None
         # In float32 whatever the dtype of the products: a sum of V exponentials needs the digits.
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-        # Detached: otherwise torch.compile would also propagate a gradient of zeros, as large as
-        # the logits, through them.
+        # Detached: torch.compile would otherwise also propagate a gradient of zeros through them.
         return logits.detach(), loss
 
     def num_params(self) -> int:
@@ -212,7 +210,7 @@ class GPT(nn.Module):
 
         The context is the last block_size tokens. Until it is full, a step computes one token and
         takes the earlier keys and values from the cache. After that every token moves by one
-        position a step, and the window is computed again. `sampling`: see sample_token.
+        position per step, and all are computed again. `sampling`: the options of `candidates`.
         """
         was_training, block_size = self.training, self.config.block_size
         self.eval()
@@ -232,10 +230,7 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, for one layer.
-
-    The memory for block_size tokens is taken at once: a growing tensor would be copied every time.
-    """
+    """Keys and values of the tokens so far, for one layer, with room for block_size tokens."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size, self.length = block_size, 0
@@ -261,20 +256,18 @@ def sample_token(logits: Tensor, generator: torch.Generator | None = None, **opt
 def candidates(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the ids that may be drawn next and their weights, both (B, K), for logits (B, V).
+    """Return the ids that may be drawn next and their weights, (B, K) each, for logits (B, V).
 
     temperature  divides the logits; 0 leaves only the most likely token
     top_k        leaves the k most likely tokens
     top_p        leaves the most likely tokens that together have this probability
                  (nucleus sampling, https://arxiv.org/abs/1904.09751)
-
-    With top_k or top_p the ids come in order, most likely first.
     """
     V = logits.size(-1)
     if temperature == 0:
         ids = logits.argmax(dim=-1, keepdim=True)
         return ids, torch.ones_like(ids, dtype=torch.float)
-    if top_k is None and top_p is None:  # all ids: no need to sort them, which takes milliseconds
+    if top_k is None and top_p is None:  # no need to sort all ids, which takes milliseconds
         ids = torch.arange(V, device=logits.device).expand_as(logits)
     else:
         logits, ids = logits.topk(min(top_k or V, V), dim=-1)

@@ -23,7 +23,8 @@ warmup_iters = 0
 decay_lr = False
 dropout = 0.1
 
-# A large model soon memorizes a short text; best.pt has the weights with the lowest validation loss.
+# A large model soon memorizes a short text: best.pt has the weights with the lowest validation
+# loss.
 eval_interval = 10
 eval_iters = 20
 sample_interval = 50

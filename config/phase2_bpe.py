@@ -3,8 +3,9 @@
 #     python prepare_openweb.py --size=250MB
 #     python train.py config/phase2_bpe.py
 #
-# 14,000 steps are one pass over the 57 million tokens; README.md says what a tenth of them costs and
-# reaches. For a larger model change n_layer, n_head and n_embd; for more text, --size and max_iters.
+# 14,000 steps are one pass over the 57 million tokens; README.md says what a tenth of them costs
+# and reaches. For a larger model change n_layer, n_head and n_embd; for more text, --size and
+# max_iters.
 
 dataset = "openweb"
 out_dir = "out/phase2_bpe"

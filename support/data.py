@@ -78,19 +78,16 @@ class Tokens:
 
 
 class Dataset:
-    """The folder data/<name>/ after all checks. Raises UserError for anything wrong with it.
+    """A checked data set: meta (of meta.json), tokenizer, and the Tokens train and val.
 
-    meta is the content of meta.json, tokenizer the one that made the ids, train and val are Tokens.
+    Raises UserError for anything wrong in its folder.
     """
 
     def __init__(self, folder: Path, block_size: int) -> None:
         self.meta = load_meta(folder)
         self.tokenizer: Tokenizer = from_dict(self.meta["tokenizer"])
-        if self.tokenizer.vocab_size != self.meta["vocab_size"]:
-            raise UserError(
-                f"{folder / 'meta.json'}: vocab_size is {self.meta['vocab_size']}, but its tokenizer "
-                f"has {self.tokenizer.vocab_size} tokens; {PREPARE}"
-            )
+        if (size := self.tokenizer.vocab_size) != self.meta["vocab_size"]:
+            raise UserError(f"{folder / 'meta.json'}: the tokenizer has {size} tokens; {PREPARE}")
         self.train = self._open_split(folder / "train.bin", block_size)
         self.val = self._open_split(folder / "val.bin", block_size)
 
@@ -99,22 +96,19 @@ class Dataset:
             raise UserError(f"{path}: no such file; {PREPARE}")
         size, expected = path.stat().st_size, self.meta[f"{path.stem}_tokens"] * TOKEN.itemsize
         if size % TOKEN.itemsize:
-            raise UserError(
-                f"{path}: {size} bytes is not a whole number of uint16 token ids; {PREPARE}"
-            )
+            raise UserError(f"{path}: {size} bytes are not whole uint16 token ids; {PREPARE}")
         if size != expected:
             raise UserError(f"{path}: has {size} bytes, but meta.json says {expected}; {PREPARE}")
         if size // TOKEN.itemsize < block_size + 1:
             raise UserError(
-                f"{path}: {size // TOKEN.itemsize} tokens are fewer than block_size + 1 = "
-                f"{block_size + 1}; choose a smaller block_size or a longer text"
+                f"{path}: {size // TOKEN.itemsize} tokens are too few for block_size={block_size}; "
+                "choose a smaller one, or a longer text"
             )
         tokens = Tokens(path)
         sha256, largest = inspect_bin(path)
         if largest >= self.meta["vocab_size"]:
             raise UserError(
-                f"{path}: token id {largest} is outside the vocabulary of {self.meta['vocab_size']} "
-                f"in meta.json: the two files do not belong together; {PREPARE}"
+                f"{path}: token id {largest} is not in meta.json's vocabulary; {PREPARE}"
             )
         if sha256 != self.meta["sha256"][path.name]:
             raise UserError(f"{path}: changed since meta.json was written (sha256); {PREPARE}")
@@ -123,8 +117,8 @@ class Dataset:
     def eval_windows(self, block_size: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """Return where the sequences of an evaluation start in train.bin and in val.bin.
 
-        In val.bin they stand side by side, so that every token but the first is a target once, or
-        `limit` of them (0: all) spread over the file. In train.bin as many are spread over the file.
+        In val.bin they stand side by side, so that each token but the first is a target once;
+        `limit` (0: none) keeps so many of them. In train.bin as many are spread over the file.
         """
         val = np.arange(0, len(self.val) - 1, block_size)
         if 0 < limit < len(val):
@@ -162,9 +156,7 @@ def read_meta(path: Path) -> dict:
         raise UserError(f"{path}: {', '.join(sorted(missing))} missing; {PREPARE}")
     for key in counts:
         if type(meta[key]) is not int or not 0 < meta[key] < 1 << 50:
-            raise UserError(
-                f"{path}: {key} is {str(meta[key])[:30]}, not a plausible count; {PREPARE}"
-            )
+            raise UserError(f"{path}: {key} is {str(meta[key])[:30]}, not a count; {PREPARE}")
     for key, inner in (("tokenizer", "kind"), ("sha256", "train.bin"), ("sha256", "val.bin")):
         if not isinstance(meta[key], dict) or inner not in meta[key]:
             raise UserError(f"{path}: {key} has no {inner!r}; {PREPARE}")
@@ -185,18 +177,14 @@ def inspect_bin(path: Path) -> tuple[str, int]:
 
 
 def write_dataset(
-    folder: Path,
-    tokenizer: Tokenizer,
-    train: list[int],
-    val: list[int],
-    val_bytes: int,
-    source: dict,
+    folder: Path, tokenizer: Tokenizer, train: list, val: list, val_bytes: int, source: dict
 ) -> None:
-    """Write the three files. meta.json goes first and comes last: it never describes other files."""
+    """Write the three files from two lists of token ids.
+
+    meta.json is removed first and written last, so that it never describes other files.
+    """
     if tokenizer.vocab_size > 1 << 16:
-        raise UserError(
-            f"a vocabulary of {tokenizer.vocab_size} does not fit uint16; use at most 65,536 tokens"
-        )
+        raise UserError(f"vocab_size={tokenizer.vocab_size} does not fit uint16; at most 65,536 do")
     (folder / "meta.json").unlink(missing_ok=True)
     for name, ids in (("train.bin", train), ("val.bin", val)):
         with atomic_write(folder / name) as file:

@@ -47,6 +47,8 @@ def lock_folder(folder: Path, seconds: float = 0) -> Iterator[None]:
         lock.acquire(timeout=seconds)
     except Timeout:
         raise UserError(f"{folder}: another process is at work there; wait for it to end") from None
+    for leftover in folder.glob("*.????????.tmp"):  # of an atomic_write that was killed
+        leftover.unlink(missing_ok=True)
     try:
         yield
     finally:

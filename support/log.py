@@ -94,7 +94,7 @@ class Log:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
 
     def evaluation(self, step: int, train_loss: float, val_loss: float, sample: str = "") -> None:
-        """Log the losses after `step` updates and, if there is one, a sample of the model's text."""
+        """Log the losses after `step` updates and, if there is one, a sample of text."""
         extra = {"sample": sample} if sample else {}
         self._record(step, train_loss=train_loss, val_loss=val_loss, **extra)
         self.say(
@@ -212,7 +212,7 @@ def describe(trainer) -> str:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Return the records of a log.jsonl. A damaged line is left out, and a line on stderr says so."""
+    """Return the records of a log.jsonl. Damaged lines are left out, and stderr says so."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the folder of a run with --out_dir")
     records = []

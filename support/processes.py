@@ -49,8 +49,10 @@ class Processes:
             store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
             store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
             options |= {"store": store, "rank": self.rank, "world_size": self.count}
-        # Rank 0 may download a model while the others wait: nccl's 10 minutes are too short.
-        dist.init_process_group(backend, timeout=timedelta(hours=1), **options)
+        # Short for the meeting, where a restarted worker may wait for an address that is dead. Long
+        # for the run, where rank 0 may download a model or write a file while the others wait.
+        dist.init_process_group(backend, timeout=timedelta(minutes=2), **options)
+        dist.distributed_c10d._set_pg_timeout(timedelta(hours=1))
 
     def __enter__(self) -> "Processes":
         return self
@@ -115,7 +117,7 @@ class Processes:
         return values
 
     def in_turn(self, function: Callable):
-        """Return function(); on each machine the first process calls it before the others do."""
+        """Return function(); on each machine one process calls it before the others do."""
         early = int(os.environ.get("LOCAL_RANK", 0)) == 0
         result = function() if early else None
         self.gather("done")

@@ -42,12 +42,10 @@ def starting_point(config, processes: Processes) -> Start:
         model, checkpoint = load_checkpoint(path)
         origin = checkpoint["train_config"].get("init_from", "scratch")
         for name in SHAPE if origin in OWN else ():
+            here, there = getattr(config, name), getattr(model.config, name)
             default = type(config).__dataclass_fields__[name].default
-            if name != "dropout" and getattr(config, name) not in (
-                default,
-                getattr(model.config, name),
-            ):
-                refuse(path, name, getattr(model.config, name), getattr(config, name))
+            if name != "dropout" and here not in (default, there):
+                refuse(path, name, there, here)
         if origin not in OWN:  # the next checkpoint names it, too
             config = replace(config, init_from=origin)
         return Start(in_shape_of(model, config), model, None, checkpoint)
@@ -76,6 +74,7 @@ def model_config(config, vocab_size: int) -> GPTConfig:
 
 
 def refuse(path: Path, name: str, there, here) -> None:
+    """Raise the UserError about an option that contradicts the checkpoint."""
     raise UserError(
         f"{path} was made with {name}={there} and this run has {name}={here}; "
         "set it back to continue, or choose another out_dir for a new run"
@@ -87,26 +86,26 @@ def restore(trainer, start: Start) -> list[str]:
 
     Returns lines for the user. Raises UserError where the checkpoint and the run contradict.
     """
+    notes, config = [], trainer.config
     if start.checkpoint is not None:
         notes = resume(trainer, start.model, start.checkpoint)
-        steps = set(trainer.processes.gather(str(trainer.start_step)))
-        if len(steps) > 1:
-            raise UserError(
-                f"the processes start at different steps ({', '.join(sorted(steps))}); out_dir must "
-                "be a folder that all of them share"
-            )
-        return notes
-    if start.model is not None:
-        config, weights = trainer.config, start.model.state_dict()
+    elif start.model is not None:
         if start.tokenizer.to_dict() != trainer.tokenizer.to_dict():
             raise UserError(
                 f"data/{config.dataset} was not made with the tokenizer of init_from="
                 f"{config.init_from}; prepare a data set with --tokenizer=gpt2 for OpenAI's models"
             )
+        weights = start.model.state_dict()
         positions = weights["transformer.wpe.weight"]
         weights["transformer.wpe.weight"] = positions[: config.block_size]
         trainer.model.load_state_dict(weights)
-    return []
+    steps = sorted(set(trainer.processes.gather(str(trainer.start_step))))
+    if len(steps) > 1:
+        raise UserError(
+            f"the processes start at different steps ({', '.join(steps)}); out_dir={config.out_dir} "
+            "must be a folder that all of them share"
+        )
+    return notes
 
 
 def resume(trainer, model: GPT, checkpoint: dict) -> list[str]:
