@@ -36,6 +36,7 @@ KINDS = {  # what a file must have, and of which kind
     "step": int,
     "best_val_loss": float,
 }
+RESUMABLE = {"evaluated_step": int, "optimizers": list, "scaler": dict}  # ckpt.pt has these, too
 
 
 def save_checkpoint(path: Path, model: GPT, **state) -> None:
@@ -90,7 +91,8 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict]:
             checkpoint = nanogpt.convert(checkpoint)
         elif not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
             raise UserError(f"not a checkpoint of this program (format {FORMAT}) or of nanoGPT")
-        for name, kind in KINDS.items():
+        kinds = KINDS | (RESUMABLE if "optimizers" in checkpoint else {})
+        for name, kind in kinds.items():
             value = checkpoint.get(name)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise UserError(f"{name} is {str(value)[:50]!r}, not {kind.__name__}")

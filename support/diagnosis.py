@@ -26,8 +26,8 @@ def explain_step(trainer, step: int) -> BaseException:
     reason = next(filter(None, reasons), "it does not happen again: try --compile=False")
     return UserError(
         f"step {step}: the loss is {loss:.4g} and the gradient norm {grad_norm:.4g}, at learning "
-        f"rate {lr:.3g}, after gradient norms of {', '.join(norms) or 'none'}; {reason}; the step was "
-        f"not taken and {trainer.out_dir / 'ckpt.pt'} is unchanged"
+        f"rate {lr:.3g}, after gradient norms of {', '.join(norms) or 'none'}; {reason}; the step "
+        f"was not taken and {trainer.out_dir / 'ckpt.pt'} is unchanged"
     )
 
 

@@ -267,8 +267,8 @@ def write_folder(folder: Path, model: GPT, tokenizer: BPETokenizer | CharTokeniz
                 file.write(content)
         except OSError as error:
             raise UserError(
-                f"{folder / name}: could not be written ({error.strerror}); it needs "
-                f"{len(content):,} bytes, and {free_bytes(folder):,} are free"
+                f"{folder / name}: can not write {len(content):,} bytes ({error.strerror}; "
+                f"{free_bytes(folder):,} bytes are free)"
             ) from error
 
 

@@ -102,8 +102,8 @@ def restore(trainer, start: Start) -> list[str]:
     steps = sorted(set(trainer.processes.gather(str(trainer.start_step))))
     if len(steps) > 1:
         raise UserError(
-            f"the processes start at different steps ({', '.join(steps)}); out_dir={config.out_dir} "
-            "must be a folder that all of them share"
+            f"the processes start at different steps ({', '.join(steps)}); "
+            f"out_dir={config.out_dir} must be a folder that all of them share"
         )
     return notes
 
@@ -114,10 +114,9 @@ def resume(trainer, model: GPT, checkpoint: dict) -> list[str]:
     path = Path(config.out_dir) / "ckpt.pt"
     if "optimizers" not in checkpoint:
         raise UserError(f"{path} has no optimizer state, so it can be sampled from but not resumed")
-    here = (
-        asdict(trainer.model.config) | {"optimizer": config.optimizer} | trainer.data.meta["sha256"]
-    )
-    there = asdict(model.config) | {"optimizer": before["optimizer"]} | checkpoint["dataset"]
+    here = {"optimizer": config.optimizer} | trainer.data.meta["sha256"]
+    there = {"optimizer": before.get("optimizer")} | checkpoint["dataset"]
+    here, there = here | asdict(trainer.model.config), there | asdict(model.config)
     for name, value in here.items():
         if name != "dropout" and value != there.get(name, value):
             refuse(path, name, there[name], value)
@@ -138,6 +137,5 @@ def resume(trainer, model: GPT, checkpoint: dict) -> list[str]:
         for name, value in asdict(config).items()
         if name in before and name not in HARMLESS and before[name] != value
     ]
-    return [f"changed since the checkpoint, so this is another run: {', '.join(changes)}"] * bool(
-        changes
-    )
+    note = f"changed since the checkpoint, so this is another run: {', '.join(changes)}"
+    return [note] if changes else []

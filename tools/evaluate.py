@@ -1,110 +1,85 @@
-"""Score a model: on every token of a file, or on the questions of HellaSwag or LAMBADA.
+"""Score a model: its loss on every token of a file, or its answers to HellaSwag or LAMBADA.
 
-    python evaluate.py --out_dir=out/phase1_char                           # val.bin of its data set
-    python evaluate.py --init_from=gpt2 --data=my.txt --stride=512
-    python evaluate.py --init_from=gpt2 --task=hellaswag                   # downloaded once, to data/cache/
-    python evaluate.py --out_dir=out/phase2_bpe --task=lambada --data=lambada_test.jsonl
+    python -m tools.evaluate --out_dir=out/phase1_char             # val.bin of the run's data set
+    python -m tools.evaluate --init_from=gpt2 --data=my.txt --stride=512
+    python -m tools.evaluate --init_from=gpt2 --task=hellaswag     # downloads the questions once
+    python -m tools.evaluate --out_dir=out/phase2_bpe --task=lambada --data=lambada_test.jsonl
 
-A file is scored by a window that slides over it (https://huggingface.co/docs/transformers/perplexity).
-Its first token has nothing it could be predicted from: it is context, and neither it nor its bytes
-count. In a .bin that is the first id, so that the loss is the validation loss of training. A text in
-byte pair encoding gets an <|endoftext|> in front, as documents have in training, and all of its own
-tokens are predicted; a text in characters loses its first. <|endoftext|> is predicted too, for 0 bytes.
+A window slides over the file (https://huggingface.co/docs/transformers/perplexity). A file's first
+token has no context, so it is not predicted and its bytes do not count: the loss on val.bin is the
+validation loss of training. A .txt gets an <|endoftext|> in front, if the tokenizer has one, so its
+whole text is predicted. <|endoftext|> itself is predicted too, and has 0 bytes.
 
-The tasks are `hellaswag` and `lambada_openai` of lm-evaluation-harness, without examples in the prompt
-(https://github.com/EleutherAI/lm-evaluation-harness). Their figures hang on details of the text and
-of what is counted, and these are the harness's. To compare with others, add --dtype=float32.
+The tasks are `hellaswag` and `lambada_openai` of https://github.com/EleutherAI/lm-evaluation-harness
+without examples in the prompt. Use --dtype=float32 to compare with published numbers.
 """
-
-from dataclasses import dataclass
-from typing import Literal
-
-from configurator import UserError, configure, run
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Score a model on a file, or on HellaSwag or LAMBADA: a table, and the same as a line of JSON."""
-
-    # the model
-    out_dir: str = "out/phase1_char"  # the run's folder
-    checkpoint: str = "ckpt.pt"  # the file in it: ckpt.pt is the last state, best.pt the best
-    init_from: str = (
-        "resume"  # resume: a run's model; or a pretrained one: gpt2, gpt2-xl, owner/name, a folder
-    )
-    # what it is scored on
-    task: Literal["", "hellaswag", "lambada"] = (
-        ""  # hellaswag, lambada; empty: loss and bits per byte of a file
-    )
-    data: str = ""  # file or URL: .txt or .bin (by default the run's val.bin), or the task's .jsonl (its own URL)
-    stride: int = (
-        0  # tokens from one window to the next; fewer give each more context; 0: block_size
-    )
-    limit: int = 0  # take the first so many examples of the task; 0: all
-    # how
-    batch_size: int = 8  # windows, or sequences, in one forward pass
-    device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
-
-    def __post_init__(self) -> None:
-        for name, lowest in (("stride", 0), ("limit", 0), ("batch_size", 1)):
-            if getattr(self, name) < lowest:
-                raise UserError(f"{name} is {getattr(self, name)} but must be at least {lowest}")
-        if self.stride and self.task:
-            raise UserError(
-                f"stride={self.stride} is for files; --task={self.task} has no windows, leave it out"
-            )
-        if self.limit and not self.task:
-            raise UserError(
-                f"limit={self.limit} is for tasks; a file is scored whole, so leave it out or add --task"
-            )
-
-
-if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
-    config = configure(EvaluateConfig)
 
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from configurator import UserError, check_range, configure, run
 from model import GPT
-from support import runtime, tokenizer
-from support.checkpoint import load_checkpoint
-from support.data import TOKEN, read_meta, scan
+from support import runtime
+from support.data import TOKEN, inspect_bin, read_meta
 from support.download import download
-from support.hub import load_pretrained
+from support.files import read_text
+from support.hub import load_model
 from support.tokenizer import BPETokenizer, Tokenizer
 
 URLS = {
     "hellaswag": "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
     "lambada": "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
 }
+Example = tuple[str, list[str], int]  # context, possible continuations, index of the right one
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a model on a file, HellaSwag or LAMBADA: prints a table, then the same as JSON."""
+
+    # model
+    out_dir: str = "out/phase1_char"  # folder of the run
+    checkpoint: str = "ckpt.pt"  # ckpt.pt: the last state; best.pt: the lowest loss
+    init_from: str = "resume"  # a run's model; or gpt2, gpt2-xl, owner/name, a folder
+    # data
+    task: Literal["", "hellaswag", "lambada"] = ""  # hellaswag, lambada; empty: score a file
+    data: str = ""  # .txt, .bin or .jsonl, or a URL; empty: val.bin, or task's
+    stride: int = 0  # tokens from one window to the next; 0: block_size
+    limit: int = 0  # use the first examples of a task only; 0: all
+    # computation
+    batch_size: int = 8  # sequences in one forward pass
+    device: str = "auto"  # cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 10**9, "stride", "limit")
+        check_range(self, 1, 10**9, "batch_size")
+        if self.stride and self.task:
+            raise UserError(f"stride={self.stride} is for files; leave it out with --task")
+        if self.limit and not self.task:
+            raise UserError(f"limit={self.limit} is for tasks; leave it out, or add --task")
 
 
 @torch.no_grad()
-def score(
-    model: GPT, sequences: Iterable[tuple[np.ndarray, int]], batch_size: int
-) -> Iterator[tuple[float, bool]]:
-    """Of each (ids, n): log p in nats of its last n ids after those before, and whether each is the likeliest there.
-
-    Of more than block_size + 1 ids the last ones are taken.
-    """
+def score(model: GPT, sequences: Iterable, batch_size: int) -> Iterator[tuple[float, bool]]:
+    """For each (ids, n), yield ln p of the last n ids, and whether greedy decoding gives them."""
     T, device = model.config.block_size, model.lm_head.weight.device
     sequences = iter(sequences)
     while batch := list(islice(sequences, batch_size)):
         length = min(T, max(len(ids) for ids, _ in batch) - 1)
-        x = torch.zeros(
-            len(batch), length, dtype=torch.int64
-        )  # filled up on the right, which nothing before it sees
-        y = torch.full_like(x, -1)
+        x = torch.zeros(len(batch), length, dtype=torch.int64)  # (B, T), padded on the right,
+        y = torch.full_like(x, -1)  # where no earlier token sees it; -1: not scored
         for row, (ids, n) in enumerate(batch):
             ids = torch.tensor(ids[-T - 1 :])
             end = len(ids) - 1
@@ -115,244 +90,166 @@ def score(
             logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none"
         ).view_as(y)
         if not losses.isfinite().all():
-            raise UserError(
-                "the loss is not finite: the weights are damaged, or overflow; try --dtype=float32"
-            )
-        likeliest = (logits.argmax(dim=-1) == y) | (y == -1)
-        yield from zip(
-            (-losses).cpu().double().sum(dim=1).tolist(), likeliest.all(dim=1).tolist(), strict=True
-        )
+            raise UserError("the loss is not finite: damaged weights, or try --dtype=float32")
+        greedy = ((logits.argmax(dim=-1) == y) | (y == -1)).all(dim=1)
+        yield from zip((-losses).cpu().double().sum(dim=1).tolist(), greedy.tolist(), strict=True)
 
 
-# Loss, perplexity and bits per byte of a file
-
-
-def read_tokens(path: Path, tok: Tokenizer) -> np.ndarray:
-    """The ids of a .txt, or of a .bin without reading it whole; the first is context alone. Raises UserError."""
+def read_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the token ids of a .txt or .bin file; the first one is context only."""
     if path.suffix == ".txt":
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
-        if isinstance(tok, BPETokenizer):
-            return np.roll(
-                tok.encode_document(text), 1
-            )  # the <|endoftext|> from its end to its front
-        return np.array(tok.encode(text), dtype=np.int64)
+        text = read_text(path)
+        if isinstance(tokenizer, BPETokenizer):
+            return np.roll(tokenizer.encode_document(text), 1)  # <|endoftext|> moves to the front
+        return np.array(tokenizer.encode(text), dtype=np.int64)
     if path.suffix != ".bin":
-        raise UserError(
-            f"{path}: unknown kind of file; it must end with .txt or .bin, or have its --task named"
-        )
+        raise UserError(f"{path}: must end in .txt or .bin; a .jsonl needs its --task")
     meta, size = path.with_name("meta.json"), path.stat().st_size
-    if meta.exists() and read_meta(meta)["tokenizer"] != tok.to_dict():
-        raise UserError(
-            f"{path}: {meta} has another tokenizer than the model; give the text itself, as a .txt"
-        )
+    if meta.exists() and read_meta(meta)["tokenizer"] != tokenizer.to_dict():
+        raise UserError(f"{path}: not made with the model's tokenizer; use the text (.txt)")
     if size == 0 or size % TOKEN.itemsize:
-        raise UserError(
-            f"{path}: {size} bytes are no uint16 ids, the file is empty or cut; copy it again"
-        )
-    largest = scan(path)[1]
-    if largest >= tok.vocab_size:
-        raise UserError(
-            f"{path}: token id {largest} is beyond the model's vocabulary of {tok.vocab_size}"
-        )
+        raise UserError(f"{path}: {size} bytes are not uint16 token ids; copy the file again")
+    largest, V = inspect_bin(path)[1], tokenizer.vocab_size
+    if largest >= V:
+        raise UserError(f"{path}: token id {largest} is not one of the model's {V}; use the text")
     return np.memmap(path, dtype=TOKEN, mode="r")
 
 
-def count_bytes(tok: Tokenizer, ids: np.ndarray) -> int:
-    """Bytes of the text behind `ids`; <|endoftext|>, which stands between texts, has none."""
-    lengths = np.array([len(tok.decode_bytes([i])) for i in range(tok.vocab_size)])
-    if isinstance(tok, BPETokenizer):
-        lengths[tok.end_of_text] = 0
-    return sum(int(lengths[ids[i : i + (1 << 20)]].sum()) for i in range(0, len(ids), 1 << 20))
+def count_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+    """Return the UTF-8 bytes of the text behind `ids`; <|endoftext|> has none."""
+    lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
+    if isinstance(tokenizer, BPETokenizer):
+        lengths[tokenizer.end_of_text] = 0
+    return sum(int(lengths[part].sum()) for part in np.array_split(ids, len(ids) // 2**20 + 1))
 
 
 def windows(ids: np.ndarray, T: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Windows for `score`, in which every id but the first is predicted exactly once.
+    """Yield windows for `score` that predict every id but the first exactly once.
 
-    The first window predicts T ids. Each later one stands `stride` further on, and predicts the
-    `stride` ids (in the last window what is left of them) that the one before did not reach.
+    The first predicts T ids; each later one starts `stride` ids further on and predicts the rest.
     """
-    for start in tqdm(
-        range(0, max(len(ids) - 1 - T, 0) + stride, stride), leave=False, disable=None
-    ):
+    starts = range(0, max(len(ids) - 1 - T, 0) + stride, stride)
+    for start in tqdm(starts, leave=False, disable=None):
         window = ids[start : start + T + 1].astype(np.int64)
         yield window, len(window) - 1 - (T - stride if start else 0)
 
 
-def evaluate_file(model: GPT, tok: Tokenizer, path: Path, config: EvaluateConfig) -> dict:
+def evaluate_file(model: GPT, tokenizer: Tokenizer, path: Path, config: EvaluateConfig) -> dict:
+    """Return the loss, the perplexity and the bits per byte of a file."""
     T = model.config.block_size
     stride = config.stride or T
     if stride > T:
-        raise UserError(
-            f"stride is {stride} but must be at most {T}, the model's block_size, to leave no token out"
-        )
-    ids = read_tokens(path, tok)
-    n_tokens, n_bytes = len(ids) - 1, count_bytes(tok, ids[1:])
+        raise UserError(f"stride is {stride} but must be at most {T}, the model's block_size")
+    ids = read_tokens(path, tokenizer)
+    n_tokens, n_bytes = len(ids) - 1, count_bytes(tokenizer, ids[1:])
     if n_bytes == 0:
-        raise UserError(f"{path}: there is no text in it to predict; give a longer file")
+        raise UserError(f"{path}: has no text to predict; use a longer file")
     nats = -sum(log_p for log_p, _ in score(model, windows(ids, T, stride), config.batch_size))
-    return {
-        "stride": stride,
-        "tokens": n_tokens,
-        "bytes": n_bytes,
-        "loss": nats / n_tokens,
-        "perplexity": float(np.exp(nats / n_tokens)),
-        "bits_per_byte": nats / math.log(2) / n_bytes,
-    }
+    loss, bits_per_byte = nats / n_tokens, nats / math.log(2) / n_bytes
+    figures = {"loss": loss, "perplexity": float(np.exp(loss)), "bits_per_byte": bits_per_byte}
+    return {"stride": stride, "tokens": n_tokens, "bytes": n_bytes, **figures}
 
 
-# HellaSwag and LAMBADA: a context, what may follow it after a space, and which of these does
-
-Example = tuple[str, list[str], int]
-
-
-def hellaswag(fields: dict) -> Example:
-    """Zellers et al. 2019 (https://arxiv.org/abs/1905.07830): which of four endings is the right one?"""
-    context = (
-        f"{fields['activity_label']}: {fields['ctx_a']} {fields.get('ctx_b', '').capitalize()}"
-    )
-    endings, right = [clean(ending) for ending in fields["endings"]], int(fields["label"])
-    if not 0 <= right < len(endings) or not all(endings):
-        raise ValueError
-    return clean(context), endings, right
+def parse_hellaswag(fields: dict) -> Example:
+    """Zellers et al. 2019 (https://arxiv.org/abs/1905.07830): which of four endings is right?"""
+    a, b = fields["ctx_a"], fields.get("ctx_b", "").capitalize()
+    endings = [clean(ending) for ending in fields["endings"]]
+    return clean(f"{fields['activity_label']}: {a} {b}"), endings, int(fields["label"])
 
 
 def clean(text: str) -> str:
-    """Without WikiHow's marks, as [title], [step] and [substeps]."""
+    """Remove WikiHow's marks, such as [title], [step] and [substeps], as the harness does."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
-def lambada(fields: dict) -> Example:
+def parse_lambada(fields: dict) -> Example:
     """Paperno et al. 2016 (https://arxiv.org/abs/1606.06031): which word is the last one?"""
     context, _, word = fields["text"].rpartition(" ")
-    if not context.strip():
-        raise ValueError
     return context, [word], 0
 
 
 def read_examples(path: Path, task: str, limit: int) -> list[Example]:
-    """The first `limit` lines of the task's jsonl; 0: all. Raises UserError, with the line."""
-    parse, examples = {"hellaswag": hellaswag, "lambada": lambada}[task], []
+    """Return the examples in the first `limit` lines of a task's .jsonl file; 0: all lines."""
+    parse, examples = {"hellaswag": parse_hellaswag, "lambada": parse_lambada}[task], []
     with open(path, "rb") as file:
         for number, line in enumerate(islice(file, limit or None), start=1):
             try:
-                examples.append(parse(json.loads(line)))
-            except KeyError as error:
-                raise UserError(
-                    f"{path}: line {number} has no {error}; is it a .jsonl file of {task}?"
-                ) from None
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                raise UserError(
-                    f"{path}: line {number} is no example of {task} in JSON; remove or mend it"
-                ) from None
+                context, choices, right = parse(json.loads(line))
+                if not context.strip() or not all(choices) or not 0 <= right < len(choices):
+                    raise ValueError
+            except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+                reason = f"has no {error}" if isinstance(error, KeyError) else "is damaged"
+                raise UserError(f"{path}: line {number} {reason}; use {task}'s .jsonl") from None
+            examples.append((context, choices, right))
     if not examples:
-        raise UserError(f"{path}: there is no example in it; give a .jsonl file of {task}")
+        raise UserError(f"{path}: has no examples; use a .jsonl file of {task}")
     return examples
 
 
-def encode_pair(tok: Tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
-    """The ids of both together, and how many of them are the continuation's.
-
-    Space at the end of the context belongs to the continuation: a word's token begins with its space.
-    """
-    ids = tok.encode(context + continuation)
-    return ids, len(ids) - len(tok.encode(context.rstrip()))
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
+    """Return the ids of both texts, and how many belong to the second and the spaces before it."""
+    ids = tokenizer.encode(context + continuation)
+    return ids, len(ids) - len(tokenizer.encode(context.rstrip()))
 
 
-def evaluate_task(model: GPT, tok: Tokenizer, path: Path, config: EvaluateConfig) -> dict:
-    examples = read_examples(path, config.task, config.limit)
-    pairs = [
-        encode_pair(tok, context, " " + choice)
-        for context, choices, _ in examples
-        for choice in choices
-    ]
-    T, longest = model.config.block_size, max(n for _, n in pairs)
-    if longest > T:
-        raise UserError(
-            f"{path}: an answer has {longest} tokens, more than the model's block_size of {T}"
-        )
+def evaluate_task(model: GPT, tokenizer: Tokenizer, path: Path, config: EvaluateConfig) -> dict:
+    """Return the accuracy on a task, and for LAMBADA the perplexity of the last word."""
+    examples, T = read_examples(path, config.task, config.limit), model.config.block_size
+    pairs = [encode_pair(tokenizer, a, f" {b}") for a, choices, _ in examples for b in choices]
+    if (longest := max(n for _, n in pairs)) > T:
+        raise UserError(f"{path}: an answer has {longest} tokens, but block_size is {T}")
     scores = score(model, tqdm(pairs, leave=False, disable=None), config.batch_size)
     if config.task == "lambada":
         log_p, greedy = zip(*scores, strict=True)
-        return {
-            "examples": len(examples),
-            **accuracy("acc", greedy),
-            "perplexity": float(np.exp(-np.mean(log_p))),
-        }
-    hits, hits_norm = [], []
+        perplexity = float(np.exp(-np.mean(log_p)))
+        return {"examples": len(examples), **accuracy("acc", greedy), "perplexity": perplexity}
+    hits, hits_norm = [], []  # with the log-probability of an ending, and with that per character
     for _, choices, right in examples:
         log_p = np.array([log_p for log_p, _ in islice(scores, len(choices))])
         hits.append(log_p.argmax() == right)
-        hits_norm.append(
-            (log_p / [len(choice) for choice in choices]).argmax() == right
-        )  # per character
+        hits_norm.append((log_p / [len(choice) for choice in choices]).argmax() == right)
     return {"examples": len(examples), **accuracy("acc", hits), **accuracy("acc_norm", hits_norm)}
 
 
 def accuracy(name: str, hits: Sequence[bool]) -> dict:
-    """The share of hits, and its standard error: the sample's standard deviation over the root of n."""
+    """Return the share of hits and its standard error."""
     n, p = len(hits), float(np.mean(hits))
     return {name: p, f"{name}_stderr": math.sqrt(p * (1 - p) / max(n - 1, 1))}
 
 
-# From the options to the figures
-
-
-def load_model(config: EvaluateConfig) -> tuple[GPT, Tokenizer, str]:
-    """The model, its tokenizer, and the val.bin of its run, if it is from one."""
-    if config.init_from != "resume":
-        return *load_pretrained(config.init_from), ""
-    model, checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint)
-    val = Path("data") / checkpoint["train_config"]["dataset"] / "val.bin"
-    return model, tokenizer.from_dict(checkpoint["tokenizer"]), str(val)
-
-
 def find_file(data: str) -> Path:
-    """The file that a path or a URL names; what a URL names is downloaded unless data/cache/ has it."""
+    """Return the file that a path or a URL names. A URL is downloaded once, into data/cache/."""
     path = Path(data)
     if data.startswith(("http://", "https://")):
         path = Path("data") / "cache" / re.sub(r"[^\w.-]+", "_", data.partition("://")[2])
         if not path.exists():
             download(data, path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; name another with --data")
+        raise UserError(f"{path}: no such file; choose another with --data")
     return path
 
 
 def main(config: EvaluateConfig) -> None:
     device = runtime.resolve_device(config.device)
     dtype = runtime.resolve_dtype(config.dtype, device)
-    model, tok, val = load_model(config)
+    model, tokenizer, state = load_model(config.init_from, config.out_dir, config.checkpoint)
     model.to(device).eval()
-    if device.type == "cpu":
-        runtime.keep_freed_memory()
+    runtime.keep_freed_memory()
+    name = config.init_from if state is None else str(Path(config.out_dir) / config.checkpoint)
+    val = "" if state is None else str(Path("data") / state["train_config"]["dataset"] / "val.bin")
     data = config.data or URLS.get(config.task, val)
     if not data:
-        raise UserError(
-            f"init_from={config.init_from} has no data set of its own; name a .txt or .bin with --data"
-        )
+        raise UserError(f"init_from={name} has no val.bin; name a .txt or .bin with --data")
     evaluate = evaluate_task if config.task else evaluate_file
     with runtime.autocast(device, dtype):
-        figures = evaluate(model, tok, find_file(data), config)
-    name = (
-        config.init_from
-        if config.init_from != "resume"
-        else str(Path(config.out_dir) / config.checkpoint)
-    )
-    result = {
-        "model": name,
-        "dtype": runtime.dtype_name(dtype),
-        "task": config.task or "file",
-        "data": data,
-        **figures,
-    }
+        figures = evaluate(model, tokenizer, find_file(data), config)
+    about = {"model": name, "dtype": runtime.dtype_name(dtype), "task": config.task or "file"}
+    result = {**about, "data": data, **figures}
     for key, value in result.items():
         print(f"{key:15} {f'{value:.4f}' if isinstance(value, float) else value}")
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    run(main, config)
+    run(main, configure(EvaluateConfig))

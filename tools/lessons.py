@@ -1,471 +1,286 @@
-"""Put a newcomer's mistakes into phase 1, one at a time, and see what becomes of it.
+"""Put a beginner's mistakes into phase 1, one at a time, and record what happens.
 
     python prepare_shakespeare.py
-    python lessons.py                   # everything that LESSONS.md shows
-    python lessons.py --only=mask       # one lesson
+    python -m tools.lessons                # everything that docs/lessons.md shows (6 minutes)
+    python -m tools.lessons --only=mask    # one lesson
 
-A mistake is a line of the real code with another in its place, or an option, for as long as a run takes. The
-run is train.py's, with the options of config/phase1_char.py, for one epoch. Before it, preflight is asked. Writes
+A mistake is a diff in tools/mistakes/, or a few options. A copy of the code gets the diff, runs its
+--preflight, and trains phase 1 for one epoch on the CPU. Writes
 
-    out/lessons/<mistake>/      the run, as train.py leaves it, and said.json: the words of preflight and of the end
-    assets/lessons_*.png        the figures
+    out/lessons/<mistake>/         the run as train.py leaves it; output.json: what it printed
+    docs/pictures/lessons_*.png    the figures
 """
 
-from dataclasses import dataclass, replace
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 from typing import Literal
 
-from configurator import UserError, configure, one_line, read_options, run
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from configurator import UserError, check_range, configure, run
+from support.data import Dataset
+from support.files import atomic_write, read_text
+from support.log import read_log
+from support.pictures import markdown_table, save_figure
+
+ROOT = Path(__file__).parent.parent
+PHASE1 = ROOT / "config" / "phase1_char.py"
 
 
 @dataclass(frozen=True)
 class LessonsConfig:
-    """Train phase 1 with a newcomer's mistakes, and draw what becomes of it."""
+    """Train phase 1 with beginners' mistakes and draw what happens."""
 
     only: Literal[
         "", "shapes", "mask", "positions", "targets", "heads", "rate", "nan", "dtype", "loader"
-    ] = ""  # lesson
-    max_iters: int = 245  # steps of each run; 245 are an epoch
-    out_dir: str = "out/lessons"  # the runs; an earlier run with the same mistake is deleted
-    assets: str = "assets"  # the figures
+    ] = ""  # one lesson; '': all of them
+    max_iters: int = 245  # steps of each run; 245 are one epoch
+    out_dir: str = "out/lessons"  # folder of the runs; earlier runs are deleted
+    pictures: str = "docs/pictures"  # folder of the figures
 
     def __post_init__(self) -> None:
-        if self.max_iters < 5:
-            raise UserError(f"max_iters is {self.max_iters} but must be at least 5")
-
-
-if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
-    config = configure(LessonsConfig)
-
-import contextlib
-import inspect
-import io
-import json
-import math
-import shutil
-import textwrap
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from unittest.mock import patch
-
-import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-
-import model
-import train
-from support import data
-from support.files import atomic_write
-from support.log import read_log
+        check_range(self, 5, 1 << 31, "max_iters")
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """`right`, a line of `function`, becomes `wrong`; or the run gets `options`. `test` is one that would fail."""
+    """The change in tools/mistakes/<name>.diff or, if there are `options`, in those alone."""
 
+    lesson: str
     name: str
-    function: Callable | None = None
-    right: str = ""
-    wrong: str = ""
-    options: tuple[str, ...] = ()
-    test: str = ""
+    title: str = ""  # of its curve: what the reader should see
+    options: str = ""
 
 
-SOUND = Mistake("sound")
-LESSONS = {
-    "mask": [
-        Mistake(
-            "no_mask",
-            model.attention,
-            "mask = torch.full((T, S), -math.inf, dtype=q.dtype).triu(S - T + 1)",
-            "mask = torch.zeros(T, S, dtype=q.dtype)",
-            test="tests/test_model.py::test_logits_do_not_change_when_a_later_token_changes",
-        )
-    ],
-    "positions": [
-        Mistake(
-            "no_positions",
-            model.GPT.forward,
-            "positions = torch.arange(past, past + T, device=idx.device)  # (T,)",
-            "positions = torch.zeros(T, dtype=torch.int64, device=idx.device)  # (T,)",
-            test="tests/test_model.py::test_without_positions_order_is_invisible_and_with_them_it_is_not",
-        )
-    ],
-    "targets": [
-        Mistake(
-            "same_targets",
-            data.gather,
-            "return np.ascontiguousarray(windows[:, :-1]), np.where(positions[:, 1:] <= last, windows[:, 1:], -1)",
-            "return np.ascontiguousarray(windows[:, :-1]), np.where(positions[:, 1:] <= last, windows[:, :-1], -1)",
-            test="tests/test_data.py::test_batch_has_the_text_and_its_next_characters",
-        )
-    ],
-    "heads": [
-        Mistake(
-            "swapped_heads",
-            model.CausalSelfAttention.forward,
-            "q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)",
-            "q, k, v = (t.reshape(B, self.n_head, T, C // self.n_head) for t in (q, k, v))  # (B, nh, T, hs)",
-            test="tests/test_model.py::test_logits_and_gradients_equal_transformers",
-        )
-    ],
-    "rate": [
-        Mistake("rate_too_high", options=("--learning_rate=0.04", "--muon_lr=0.3")),
-        Mistake("rate_too_low", options=("--learning_rate=4e-4", "--muon_lr=0.003")),
-    ],
-    "nan": [
-        Mistake(
-            "masked_row",
-            model.attention,
-            "mask = torch.full((T, S), -math.inf, dtype=q.dtype).triu(S - T + 1)",
-            "mask = torch.full((T, S), -math.inf, dtype=q.dtype).triu(S - T)",
-            test="tests/test_model.py::test_attention_equals_scaled_dot_product_attention",
-        ),
-        Mistake(
-            "softmax_by_hand",
-            model.attention,
-            "weights = F.dropout(scores.softmax(dim=-1), dropout)",
-            "weights = scores.half().exp()\n"
-            "weights = F.dropout((weights / weights.sum(dim=-1, keepdim=True)).to(v.dtype), dropout)",
-            test="tests/test_model.py::test_attention_equals_scaled_dot_product_attention",
-        ),
-    ],
-    "dtype": [
-        Mistake(
-            "int32_targets",
-            data.gather,
-            "windows = tokens.open()[np.minimum(positions, last)].astype(np.int64)",
-            "windows = tokens.open()[np.minimum(positions, last)].astype(np.int32)",
-            test="tests/test_data.py::test_batch_has_the_text_and_its_next_characters",
-        ),
-        Mistake(
-            "read_as_bytes",
-            data.Tokens.__init__,
-            "self.array = np.fromfile(path, dtype=TOKEN) if self.in_memory else None",
-            "self.array = np.fromfile(path, dtype=np.uint8) if self.in_memory else None",
-            test="tests/test_data.py::test_batch_has_the_text_and_its_next_characters",
-        ),
-    ],
-    "loader": [
-        Mistake(
-            "slow_loader",
-            train.Trainer.micro_batch,
-            "n_sequences = c.gradient_accumulation_steps * c.batch_size",
-            "text = self.tokenizer.decode(self.data.train.open().tolist())\n"
-            "self.data.train.array = np.array(self.tokenizer.encode(text), dtype=np.uint16)\n"
-            "n_sequences = c.gradient_accumulation_steps * c.batch_size",
-        )
-    ],
-}
-
+CORRECT = Mistake("", "correct")
+MISTAKES = [
+    Mistake("mask", "no_mask", "No mask: the loss collapses"),
+    Mistake("positions", "no_positions", "No positions: the loss falls, but not far enough"),
+    Mistake("targets", "same_targets", "Targets not shifted: copying is enough"),
+    Mistake("heads", "swapped_heads", "reshape instead of transpose: the future leaks in"),
+    Mistake(
+        "rate", "rate_too_high", "10 times too high: stuck", "--learning_rate=0.04 --muon_lr=0.3"
+    ),
+    Mistake(
+        "rate", "rate_too_low", "10 times too low: slow", "--learning_rate=4e-4 --muon_lr=0.003"
+    ),
+    Mistake("nan", "masked_row", "A row of -inf alone: NaN at once"),
+    Mistake("nan", "softmax_by_hand", "Overflow in float16: NaN after a good start"),
+    Mistake("dtype", "int32_targets", "int32 targets: torch refuses them"),
+    Mistake("dtype", "read_as_bytes", "Ids read as bytes: every second target is known"),
+    Mistake("loader", "slow_loader", "Tokenizing in every step: the same curve, later"),
+]
 
 # Runs
 
 
-@contextlib.contextmanager
-def put_in(mistake: Mistake) -> Iterator[None]:
-    """While this lasts, the function has the wrong line where it had the right one, wherever it was imported."""
-    if not mistake.function:
-        yield
-        return
-    function, sound = mistake.function, mistake.function.__code__
-    source = textwrap.dedent(inspect.getsource(function))
-    (line,) = (line for line in source.splitlines() if line.strip() == mistake.right)
-    indent, made = line.removesuffix(mistake.right), {}
-    exec(source.replace(line, textwrap.indent(mistake.wrong, indent)), function.__globals__, made)
-    function.__code__ = made[function.__name__].__code__
-    try:
-        yield
-    finally:
-        function.__code__ = sound
+def apply_diff(diff: Path, folder: Path) -> None:
+    """Make the change of a unified diff, of one file, in `folder`. Raises UserError if it can not."""
+    header, *hunks = re.split(r"^@@ .*\n", diff.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    path = folder / re.search(r"^\+\+\+ b/(\S+)", header, re.MULTILINE)[1]
+    text = path.read_text(encoding="utf-8")
+    for hunk in hunks:
+        lines = hunk.splitlines()
+        before = "\n".join(line[1:] for line in lines if line[:1] != "+")
+        after = "\n".join(line[1:] for line in lines if line[:1] != "-")
+        if text.count(before) != 1:
+            raise UserError(f"{diff}: does not apply to {path.name}; make the diff again")
+        text = text.replace(before, after)
+    path.write_text(text, encoding="utf-8")
 
 
-def run_options(mistake: Mistake, config: LessonsConfig) -> train.TrainConfig:
-    """Phase 1's options, for fewer steps, with five evaluations and a sample at the end."""
-    phase1, every = Path(__file__).parent / "config" / "phase1_char.py", config.max_iters // 5
-    options = [
-        f"--out_dir={config.out_dir}/{mistake.name}",
-        f"--max_iters={config.max_iters}",
-        "--compile=False",
-    ]
-    options += [f"--eval_interval={every}", f"--sample_interval={5 * every}", "--log_interval=7"]
-    return read_options(train.TrainConfig, [str(phase1), *options, *mistake.options])
+def copy_code(folder: Path, mistake: Mistake) -> None:
+    """Copy what train.py needs to `folder` and make the mistake there."""
+    for name in ("train.py", "model.py", "configurator.py"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "support", folder / "support")
+    if mistake != CORRECT and not mistake.options:
+        apply_diff(ROOT / "tools" / "mistakes" / f"{mistake.name}.diff", folder)
 
 
-def last_words(options: train.TrainConfig) -> str:
-    """Call train.py; returns "" or, if it ends in an error, the line that is the last one on the screen."""
-    try:
-        train.main(options)
-    except Exception as error:  # whatever the mistake leads to
-        return f"{'error' if isinstance(error, UserError) else type(error).__name__}: {one_line(error)}"
-    return ""
+def run_options(mistake: Mistake, config: LessonsConfig) -> list[str]:
+    """Return the arguments of train.py: phase 1, shorter, with five evaluations and a sample."""
+    every = config.max_iters // 5
+    options = f"--device=cpu --compile=False --max_iters={config.max_iters} --log_interval=7 "
+    options += f"--eval_interval={every} --sample_interval={5 * every} {mistake.options}"
+    return [str(PHASE1), f"--out_dir={config.out_dir}/{mistake.name}", *options.split()]
+
+
+def run_train(folder: Path, options: list[str]) -> tuple[list[str], str]:
+    """Run the train.py in `folder`. Returns the lines of its output, and its last error line."""
+    command = [sys.executable, str(folder / "train.py"), *options]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    return done.stdout.splitlines(), done.stderr.strip().split("\n")[-1] if done.returncode else ""
 
 
 def train_with(mistake: Mistake, config: LessonsConfig) -> None:
-    """Preflight and a run with `mistake` put in, and said.json beside what the run leaves."""
-    options = run_options(mistake, config)
-    out_dir = Path(options.out_dir)
+    """Run preflight and the training with a mistake, and write output.json beside the run's files."""
+    out_dir, options = Path(config.out_dir) / mistake.name, run_options(mistake, config)
     shutil.rmtree(out_dir, ignore_errors=True)
-    print(f"\n{mistake.name}\n", flush=True)
-    with put_in(mistake):
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            error = last_words(replace(options, preflight=True))
-        checks = printed.getvalue().splitlines() + [error] * bool(error)
-        print("\n".join(checks), flush=True)
-        ended = last_words(options)
-        print(ended, flush=True)
-    with atomic_write(out_dir / "said.json") as file:
-        file.write(
-            json.dumps({"preflight": checks, "ended": ended}, indent=2, ensure_ascii=False).encode()
-        )
+    print(f"\n{mistake.name}: preflight and {config.max_iters} steps (about 30 s) ...", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copy_code(Path(folder), mistake)
+        preflight, error = run_train(Path(folder), [*options, "--preflight"])
+        preflight += [error] * bool(error)
+        print("\n".join(preflight), flush=True)
+        lines, error = run_train(Path(folder), options)
+    print("\n".join([*lines, error]), flush=True)
+    with atomic_write(out_dir / "output.json") as file:
+        output = {"preflight": preflight, "training": lines, "error": error}
+        file.write(json.dumps(output, indent=2, ensure_ascii=False).encode())
 
 
-def is_trained(mistake: Mistake, config: LessonsConfig) -> bool:
+def read_run(mistake: Mistake, config: LessonsConfig) -> tuple[dict, list[dict]]:
+    """Return output.json and the log of a run; both are empty if it has not been made."""
     out_dir = Path(config.out_dir) / mistake.name
-    return (out_dir / "said.json").exists() and read_log(out_dir / "log.jsonl")[-1][
-        "step"
-    ] == config.max_iters
+    if not (out_dir / "output.json").exists():
+        return {}, []
+    return json.loads(read_text(out_dir / "output.json")), read_log(out_dir / "log.jsonl")
 
 
 # Figures
 
 
-def save(figure: Figure, name: str, config: LessonsConfig) -> None:
-    with atomic_write(Path(config.assets) / f"lessons_{name}.png") as file:
-        figure.savefig(file, format="png")
-
-
-def levels(dataset: str) -> dict[str, float]:
-    """The losses, in nats per token, of those who know of the training text only how often its parts occur."""
-    folder = data.Dataset(Path("data") / dataset, block_size=1)
-    V, ids = folder.meta["vocab_size"], folder.train.open().astype(np.int64)
-    ones, pairs = np.bincount(ids) / len(ids), np.bincount(ids[:-1] * V + ids[1:]) / (len(ids) - 1)
-    one, two = (-(p[p > 0] * np.log(p[p > 0])).sum() for p in (ones, pairs))
-    return {"knows nothing": math.log(V), "knows letters": one, "knows pairs": two - one}
-
-
-def draw_run(axes: Axes, out_dir: Path, colors: tuple[str, str], label: str, against: str) -> dict:
-    """The losses of a run `against` its steps or seconds; returns the last record of a batch."""
-    records = read_log(out_dir / "log.jsonl")
-    for key, color, line, name in (
-        ("loss", colors[0], "-", "each batch"),
-        ("val_loss", colors[1], "o", "validation"),
-    ):
-        shown = [r for r in records if key in r]
-        axes.plot(
-            [r[against] for r in shown],
-            [r[key] for r in shown],
-            line,
-            color=color,
-            ms=4.5,
-            label=name + label,
-        )
-    return [r for r in records if "loss" in r][-1]
+def baselines() -> dict[str, float]:
+    """Return the losses, in nats per token, of guessing by frequencies in the training text."""
+    data = Dataset(Path("data/shakespeare_char"), block_size=1)
+    V, ids = data.meta["vocab_size"], data.train.open().astype(np.int64)
+    singles, pairs = np.bincount(ids), np.bincount(ids[:-1] * V + ids[1:])
+    single, pair = (-sum(p * math.log(p) for p in n[n > 0] / n.sum()) for n in (singles, pairs))
+    return {"knows nothing": math.log(V), "frequencies": single, "pairs": pair - single}
 
 
 def draw_lesson(lesson: str, config: LessonsConfig) -> None:
-    """The runs of a lesson, each beside the sound one."""
-    runs, against = Path(config.out_dir), "seconds" if lesson == "loader" else "step"
-    mistakes = [
-        m for m in LESSONS[lesson] if read_log(runs / m.name / "log.jsonl")
-    ]  # others ended before a step
+    """Draw the losses of a lesson's runs, each over those of the correct run."""
+    trained = [m for m in MISTAKES if m.lesson == lesson and read_run(m, config)[1]]
     figure = Figure(figsize=(8, 2.8), dpi=200, layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(mistakes), sharey=True))
-    for axes, mistake in zip(panels, mistakes, strict=True):
-        draw_run(axes, runs / "sound", ("0.8", "0.6"), ", sound run", against)
-        end = draw_run(axes, runs / mistake.name, ("tab:blue", "tab:orange"), "", against)
-        if end["step"] < config.max_iters - config.max_iters % 7:  # the last step that is logged
-            place = (end[against], end["loss"])
-            axes.plot(*place, "x", color="tab:red", ms=8, mew=2)
-            axes.annotate("NaN", place, xytext=(7, 5), textcoords="offset points", color="tab:red")
-        for loss in levels(run_options(SOUND, config).dataset).values():
+    panels = figure.subplots(1, len(trained), sharey=True, squeeze=False)[0]
+    for axes, mistake in zip(panels, trained, strict=True):
+        against = "seconds" if lesson == "loader" else "step"
+        draw_run(axes, CORRECT, against, ("0.8", "0.6"), config)
+        draw_run(axes, mistake, against, ("tab:blue", "tab:orange"), config)
+        for loss in baselines().values():
             axes.axhline(loss, color="0.3", lw=0.8, ls=":", zorder=1)
-        axes.set(xlabel=against, title=mistake.name, ylim=(-0.15, 4.65))
+        axes.set(xlabel=against, title=mistake.title, ylim=(-0.15, 4.65))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
-    for name, loss in levels(run_options(SOUND, config).dataset).items():
-        place, at = (1, loss), ("axes fraction", "data")
-        options = dict(
-            xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color="0.3"
-        )
-        panels[-1].annotate(f"{name} {loss:.2f}", place, xycoords=at, **options)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=4,
-        fontsize=8,
-        frameon=False,
-    )
-    save(figure, lesson, config)
+    for name, loss in baselines().items():
+        place = dict(transform=panels[-1].get_yaxis_transform(), va="center")
+        panels[-1].text(1.01, loss, f"{name} {loss:.2f}", fontsize=8, color="0.3", **place)
+    legend = panels[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    save_figure(figure, Path(config.pictures) / f"lessons_{lesson}.png")
 
 
-# What happens to a batch, as model.py says it; the name under which `record_shapes` finds it; in how many parts.
-STEPS = [
-    ("idx", "idx", 1),
-    ("wte(idx)", "transformer.wte", 1),
-    ("wpe(positions)", "transformer.wpe", 1),
-    ("x = wte(idx) + wpe(positions)", "transformer.drop", 1),
-    ("ln_1(x)", "transformer.h.0.ln_1", 1),
-    ("c_attn(ln_1(x))", "transformer.h.0.attn.c_attn", 3),
-    ("q, and so k and v", "q", "nh"),
-    ("scores = q @ k.transpose(1, 2), masked", "scores", "nh"),
-    ("y = scores.softmax(dim=-1) @ v", "y", "nh"),
-    ("y.transpose(1, 2).reshape(B, T, C)", "heads side by side", 1),
-    ("x = x + attn(ln_1(x))", "transformer.h.0.attn", 1),
-    ("ln_2(x)", "transformer.h.0.ln_2", 1),
-    ("gelu(c_fc(ln_2(x)))", "transformer.h.0.mlp.c_fc", 1),
-    ("x = x + mlp(ln_2(x))", "transformer.h.0", 1),
-    ("ln_f(x)", "transformer.ln_f", 1),
-    ("logits = lm_head(ln_f(x))", "lm_head", 1),
-    ("loss = cross_entropy(logits, targets)", "loss", 1),
-]
+def draw_run(axes, mistake: Mistake, against: str, colors: tuple, config: LessonsConfig) -> None:
+    """Draw the losses of one run, with a cross where it ended in an error."""
+    output, records = read_run(mistake, config)
+    names = {"loss": "each batch", "val_loss": "validation"}
+    for (key, name), color, style in zip(names.items(), colors, "-o", strict=True):
+        x, y = zip(*((r[against], r[key]) for r in records if key in r), strict=True)
+        label = name + ", correct run" * (mistake == CORRECT)
+        axes.plot(x, y, style, color=color, ms=4.5, label=label)
+        if key == "loss" and output["error"]:
+            axes.plot(x[-1], y[-1], "x", color="tab:red", ms=8, mew=2)
+            axes.text(x[-1], y[-1] + 0.15, " NaN", color="tab:red")
 
 
-def record_shapes(gpt: model.GPT, B: int, T: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a forward pass of B sequences of T tokens: of each module's output, and those in attention."""
-    idx, shapes = torch.zeros(B, T, dtype=torch.int64), {}
-    attend, add_product = model.attention, torch.baddbmm
-
-    def keep(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        shapes[name] = tuple(tensor.shape)
-        return tensor
-
-    def attention(q: torch.Tensor, *others) -> torch.Tensor:
-        return keep("y", attend(keep("q", q), *others))
-
-    def baddbmm(*args, **options) -> torch.Tensor:
-        return keep("scores", add_product(*args, **options))
-
-    def keep_output(name: str) -> Callable:
-        return lambda _module, _inputs, output: (
-            keep(name, output) if name else None
-        )  # the whole model returns a pair
-
-    hooks = [
-        module.register_forward_hook(keep_output(name)) for name, module in gpt.named_modules()
-    ]
-    hooks.append(
-        gpt.transformer.h[0].attn.c_proj.register_forward_pre_hook(
-            lambda _module, inputs: (keep("heads side by side", inputs[0]),)
-        )
-    )
-    with patch.object(model, "attention", attention), patch.object(torch, "baddbmm", baddbmm):
-        keep("loss", gpt(keep("idx", idx), idx)[1])
-    for hook in hooks:
-        hook.remove()
-    return shapes
-
-
-def in_letters(c: model.GPTConfig) -> dict[str, tuple[str, ...]]:
-    """The same in the letters of model.py: found in a pass in which no two of them are the same number."""
-    B, T, C, nh = 3, c.block_size - 1, c.n_embd, c.n_head
-    letters = {B: "B", T: "T", C: "C", nh: "nh", C // nh: "hs", c.vocab_size: "V"}
-    letters |= {B * nh: "B·nh", 3 * C: "3C", 4 * C: "4C"}
-    assert len(letters) == 9, "two letters are the same number"
-    return {
-        name: tuple(letters[n] for n in shape)
-        for name, shape in record_shapes(model.GPT(c), B, T).items()
-    }
+# Every tensor of a forward pass: the code in model.py and its shape.
+SHAPES = {
+    "idx": "B T",
+    "wte(idx)": "B T C",
+    "wpe(positions)": "T C",
+    "x = wte(idx) + wpe(positions)": "B T C",
+    "ln_1(x)": "B T C",
+    "c_attn(ln_1(x))": "B T 3C",
+    "q, k and v, each": "B T nh hs",
+    "q.transpose(1, 2)": "B nh T hs",
+    "scores = q @ k.transpose(1, 2)": "B·nh T T",
+    "y = scores.softmax(dim=-1) @ v": "B nh T hs",
+    "y.transpose(1, 2)": "B T nh hs",
+    "y.transpose(1, 2).reshape(B, T, C)": "B T C",
+    "x = x + attn(ln_1(x))": "B T C",
+    "ln_2(x)": "B T C",
+    "c_fc(ln_2(x))": "B T 4C",
+    "x = x + mlp(ln_2(x))": "B T C",
+    "ln_f(x)": "B T C",
+    "logits = lm_head(ln_f(x))": "B T V",
+    "loss = cross_entropy(logits, targets)": "",
+}
+# Phase 1's model on 6 sequences of 100 characters: no two sizes are equal.
+SIZES = {"B": 6, "T": 100, "C": 128, "nh": 4, "hs": 32, "V": 65, "B·nh": 24, "3C": 384, "4C": 512}
 
 
 def draw_shapes(config: LessonsConfig) -> None:
-    """One forward pass of phase 1 from top to bottom: what is computed, and how wide a token is in it."""
-    options = run_options(SOUND, config)
-    gpt = train.Trainer(options, train.Processes(options)).model
-    letters, numbers = (
-        in_letters(gpt.config),
-        record_shapes(gpt, options.batch_size, options.block_size),
-    )
-    figure = Figure(figsize=(8, 5.4), dpi=200)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 8), ylim=(len(STEPS) + 0.8, -0.8))  # x in inches
+    """Draw a forward pass from top to bottom: the code, the numbers of one token, the shape."""
+    figure = Figure(figsize=(8, 6), dpi=200)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 8), ylim=(len(SHAPES) + 0.8, -0.8))  # x in inches
     axes.axis("off")
-    columns = {"in model.py": 0.2, "one token, to scale": 3.15, "shape": 5.3, "in phase 1": 6.5}
-    for name, x in columns.items():
-        axes.text(x, 0, name, va="center", fontsize=9, weight="bold")
-    names = [name for _, name, _ in STEPS]
-    top, bottom = names.index("transformer.h.0.ln_1") + 0.5, names.index("transformer.h.0") + 1.5
-    axes.add_patch(Rectangle((0.1, top), 7.8, bottom - top, color="0.94", lw=0))
-    label = f"one block of {gpt.config.n_layer}"
-    axes.text(
-        7.8,
-        (top + bottom) / 2,
-        label,
-        rotation=270,
-        ha="center",
-        va="center",
-        fontsize=8,
-        color="0.3",
-    )
-    _, bars, shape, sizes = columns.values()
-    scale = 1.95 / (4 * gpt.config.n_embd)  # inches for a number
-    for row, (code, name, n) in enumerate(STEPS, start=1):
+    top, end = (list(SHAPES).index(code) + 0.5 for code in ("ln_1(x)", "ln_f(x)"))
+    axes.add_patch(Rectangle((0.1, top), 7.8, end - top, color="0.94", lw=0))
+    axes.text(7.7, (top + end) / 2, "one block of 2", rotation=270, va="center", fontsize=8)
+    titles = ("in model.py", "one token, to scale", "shape", "example")
+    for x, title in zip((0.2, 3.15, 5.3, 6.4), titles, strict=True):
+        axes.text(x, 0, title, va="center", fontsize=9, weight="bold")
+    for row, (code, shape) in enumerate(SHAPES.items(), start=1):
+        letters = shape.split()
+        sizes = [SIZES[letter] for letter in letters]
         axes.text(0.2, row, code, va="center", fontsize=8, family="monospace")
-        axes.text(shape, row, f"({', '.join(letters[name])})", va="center", fontsize=9)
-        axes.text(
-            sizes,
-            row,
-            f"({', '.join(map(str, numbers[name]))})",
-            va="center",
-            fontsize=9,
-            color="0.3",
-        )
-        last = (
-            8 if name in ("idx", "loss") else numbers[name][-1]
-        )  # one number would be too thin to see
-        n, width = (gpt.config.n_head, gpt.config.n_head * last) if n == "nh" else (n, last)
-        for i in range(n):
-            bar = Rectangle(
-                (bars + i * width / n * scale, row - 0.28), width / n * scale - 0.02, 0.56, lw=0
-            )
-            bar.set_color("tab:orange" if name == "scores" else "tab:blue")
-            axes.add_patch(bar)
-    save(figure, "shapes", config)
+        axes.text(5.3, row, f"({', '.join(letters)})", va="center", fontsize=9)
+        axes.text(6.4, row, f"({', '.join(map(str, sizes))})", va="center", fontsize=9, color="0.3")
+        parts = SIZES["nh"] if "nh" in shape else 3 if "3C" in shape else 1
+        width = sizes[-1] if letters[2:] or shape == "T C" else 8  # one number would be too thin
+        if parts == 3:
+            width //= parts
+        color = "tab:orange" if code.startswith("scores") else "tab:blue"
+        for part in range(parts):  # 512 numbers are 1.95 inches wide
+            left, inches = 3.15 + part * width * 1.95 / 512, width * 1.95 / 512 - 0.02
+            axes.add_patch(Rectangle((left, row - 0.28), inches, 0.56, color=color, lw=0))
+    save_figure(figure, Path(config.pictures) / "lessons_shapes.png")
 
 
-# The table
-
-
-def table(config: LessonsConfig) -> str:
-    """What became of each run that is there, as Markdown."""
-    lines = [
-        "| mistake | training loss | validation loss | tokens/s | preflight; the end, if it came early |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
-    for mistake in (SOUND, *(m for mistakes in LESSONS.values() for m in mistakes)):
-        out_dir = Path(config.out_dir) / mistake.name
-        if not (out_dir / "said.json").exists():
+def make_table(config: LessonsConfig) -> str:
+    """Return a Markdown table of every run that is in out_dir."""
+    rows = []
+    for mistake in (CORRECT, *MISTAKES):
+        output, records = read_run(mistake, config)
+        if not output:
             continue
-        said, records = (
-            json.loads((out_dir / "said.json").read_bytes()),
-            read_log(out_dir / "log.jsonl"),
-        )
-        failed = [line[5:].split(":")[0] for line in said["preflight"] if line.startswith("FAIL ")]
-        warned = [line.split(",")[0] for line in said["preflight"] if line.startswith("warning: ")]
-        words = (
-            [f"FAIL {'; '.join(failed)}"] * bool(failed)
-            + warned
-            + [textwrap.shorten(said["ended"], 70, placeholder=" ...")]
-        )
+        failed = [line[5:].split(":")[0] for line in output["preflight"] if line[:5] == "FAIL "]
+        said = [f"FAIL {'; '.join(failed)}"] * bool(failed)
+        said += [line.split(",")[0] for line in output["preflight"] if line[:8] == "warning:"]
+        said += [output["error"].split(";")[0]] * bool(output["error"])
         speeds = [r["tokens_per_second"] for r in records if "loss" in r]
-        end = records[-1] if not said["ended"] else {}
+        end = {} if output["error"] else records[-1]
         figures = [f"{end[key]:.4f}" if end else "" for key in ("train_loss", "val_loss")]
-        figures.append(f"{np.median(speeds):,.0f}" if speeds else "")
-        lines.append(f"| {' | '.join([mistake.name, *figures, ' / '.join(filter(None, words))])} |")
-    return "\n".join(lines)
+        figures.append(f"{median(speeds):,.0f}" if speeds else "")
+        rows.append([mistake.name, *figures, " / ".join(said)])
+    header = ["mistake", "training loss", "validation loss", "tokens/s", "preflight / the end"]
+    return markdown_table(header, rows, right={1, 2, 3})
 
 
 def main(config: LessonsConfig) -> None:
     """Train, draw, and print the table."""
     if config.only in ("", "shapes"):
         draw_shapes(config)
-    for lesson, mistakes in LESSONS.items():
-        if config.only in ("", lesson):
-            for mistake in ([] if is_trained(SOUND, config) else [SOUND]) + mistakes:
-                train_with(mistake, config)
-            draw_lesson(lesson, config)
-    print(table(config))
+    chosen = [m for m in MISTAKES if config.only in ("", m.lesson)]
+    is_trained = config.max_iters in [r["step"] for r in read_run(CORRECT, config)[1]]
+    for mistake in chosen and [CORRECT] * (not is_trained) + chosen:
+        train_with(mistake, config)
+    for lesson in dict.fromkeys(m.lesson for m in chosen):
+        draw_lesson(lesson, config)
+    print(make_table(config))
 
 
 if __name__ == "__main__":
-    run(main, config)
+    run(main, configure(LessonsConfig))

@@ -1,6 +1,10 @@
-"""What export.py writes, loaded by `transformers`, by `tokenizers`, and by ours again."""
+"""Exported folders, loaded by `transformers`, by `tokenizers` and by our own loader."""
 
+import errno
 import json
+import os
+import re
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import sample
 from configurator import UserError
 from model import GPT, GPTConfig
+from support import hub
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.hub import load_pretrained
 from support.tokenizer import BPETokenizer, CharTokenizer
@@ -26,11 +31,11 @@ TOKENIZERS = {
         [TEXT + "the cat's mat, isn't it? \U0001f600\n\n  the end.\n" * 3], 300
     ),
 }
-V = {kind: tok.vocab_size for kind, tok in TOKENIZERS.items()}
+V = {kind: tokenizer.vocab_size for kind, tokenizer in TOKENIZERS.items()}
 
 
 def make_model(kind: str, **changed) -> GPT:
-    """A small model whose every parameter, the biases and norms too, is random."""
+    """Return a small model with random parameters, biases and norms included."""
     torch.manual_seed(0)
     shape = dict(vocab_size=V[kind], block_size=32, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
     model = GPT(GPTConfig(**{**shape, **changed}))
@@ -41,20 +46,19 @@ def make_model(kind: str, **changed) -> GPT:
 
 
 def save_run(kind: str, model: GPT) -> None:
-    """out/run/ckpt.pt, as train.py would leave it."""
+    """Write out/run/ckpt.pt as train.py does."""
     about = dict(step=1, best_val_loss=2.0, train_config={"init_from": "scratch"}, dataset={})
     optimizer = torch.optim.AdamW(model.parameters())
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
-    tok = TOKENIZERS[kind].to_dict()
-    save_checkpoint(
-        Path("out/run/ckpt.pt"), model, tokenizer=tok, optimizers=[optimizer.state_dict()], **about
-    )
+    tokenizer = TOKENIZERS[kind].to_dict()
+    state = dict(evaluated_step=1, optimizers=[optimizer.state_dict()], scaler={})
+    save_checkpoint(Path("out/run/ckpt.pt"), model, tokenizer=tokenizer, **about, **state)
 
 
 @pytest.fixture
 def exported(tmp_path, monkeypatch):
-    """A function: export a model of these tokens and options to the folder `there`; returns the model."""
+    """A function: export a model with these options to the folder `there`; returns the model."""
     monkeypatch.chdir(tmp_path)
 
     def make(kind: str, **changed) -> GPT:
@@ -81,11 +85,11 @@ MODELS.append({"gelu": "exact"})
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 @pytest.mark.parametrize("changed", MODELS, ids=str)
-def test_ours_to_theirs_to_ours_is_equal_to_the_bit(exported, kind, changed):
-    """But for rows that stand for no token, which are not written."""
+def test_an_exported_model_loads_again_with_the_same_bits(exported, kind, changed):
+    """Except for rows of padding, which are not written."""
     ours = exported(kind, **changed)
-    again, tok = load_pretrained("there")
-    assert tok.to_dict() == TOKENIZERS[kind].to_dict()
+    again, tokenizer = load_pretrained("there")
+    assert tokenizer.to_dict() == TOKENIZERS[kind].to_dict()
     assert asdict(again.config) == {**asdict(ours.config), "pad_vocab_to": 0, "dropout": 0.0}
     before, after = ours.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
@@ -95,7 +99,7 @@ def test_ours_to_theirs_to_ours_is_equal_to_the_bit(exported, kind, changed):
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 @pytest.mark.parametrize("changed", [*MODELS, {"bias": False}], ids=str)
-def test_logits_are_those_that_transformers_computes(exported, kind, changed):
+def test_transformers_computes_the_same_logits(exported, kind, changed):
     ours, x = exported(kind, **changed), some_tokens(kind)
     theirs, loading = AutoModelForCausalLM.from_pretrained("there", output_loading_info=True)
     assert not any(loading.values())  # no parameter is missing, none is left over
@@ -108,13 +112,13 @@ def test_logits_are_those_that_transformers_computes(exported, kind, changed):
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_200_likeliest_tokens_are_those_of_transformers(exported, kind):
+def test_transformers_generates_the_same_greedy_tokens(exported, kind):
     ours = exported(kind, block_size=256)
-    theirs, tok = (
+    theirs, tokenizer = (
         AutoModelForCausalLM.from_pretrained("there"),
         AutoTokenizer.from_pretrained("there"),
     )
-    prompt = tok("3 times 4 is ", return_tensors="pt")
+    prompt = tokenizer("3 times 4 is ", return_tensors="pt")
     expected = theirs.generate(**prompt, max_new_tokens=200, do_sample=False, eos_token_id=None)
     made = torch.cat(
         [prompt["input_ids"], *ours.generate(prompt["input_ids"], 200, temperature=0)], dim=1
@@ -122,32 +126,30 @@ def test_200_likeliest_tokens_are_those_of_transformers(exported, kind):
     assert torch.equal(made, expected) and expected.size(1) > 200
 
 
-def test_theirs_to_ours_to_theirs_has_the_same_bytes(exported):
+def test_a_folder_that_transformers_wrote_again_exports_to_the_same_bytes(exported):
     exported("bpe", tie_weights=False)
     AutoModelForCausalLM.from_pretrained("there").save_pretrained("theirs")
     AutoTokenizer.from_pretrained("there").save_pretrained("theirs")
-    model, tok = load_pretrained("theirs")
-    export.write_folder(Path("again"), model, tok)
+    model, tokenizer = load_pretrained("theirs")
+    hub.write_folder(Path("again"), model, tokenizer)
     first, again = (load_file(Path(folder) / "model.safetensors") for folder in ("there", "again"))
     torch.testing.assert_close(again, first, rtol=0, atol=0)
     assert Path("again/tokenizer.json").read_bytes() == Path("there/tokenizer.json").read_bytes()
-
-
-# Tokens
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """The exported tokenizers, as `transformers` loads them."""
     loaded = {}
-    for kind, tok in TOKENIZERS.items():
+    for kind, tokenizer in TOKENIZERS.items():
         folder = tmp_path_factory.mktemp(kind)
-        export.write_folder(folder, make_model(kind), tok)
+        hub.write_folder(folder, make_model(kind), tokenizer)
         loaded[kind] = AutoTokenizer.from_pretrained(folder)
     return loaded
 
 
-ODD = "  a  b \r\n\n\t\u3000\u00a0\u2028\u200b'll 'S \u00e9e\u0301 \U0001f468\u200d\U0001f469 \x00\x1f\x7f\x85 \ufeff"
+ODD = "  a  b \r\n\n\t\u3000\u00a0\u2028\u200b'll 'S \u00e9e\u0301 \U0001f468\u200d\U0001f469 "
+ODD += "\x00\x1f\x7f\x85 \ufeff"
 PIECES = [
     "<|endoftext|>",
     "<|endoftext|",
@@ -168,35 +170,37 @@ PIECES = [
 @given(st.text() | st.text(st.sampled_from(ODD)) | st.lists(st.sampled_from(PIECES)).map("".join))
 @example(ODD)
 @example(TEXT)
-def test_any_text_has_the_same_tokens_and_comes_back(theirs, text):
+def test_any_text_has_the_same_ids_in_transformers_and_decodes_to_itself(theirs, text):
     ids = theirs["bpe"](text)["input_ids"]
     assert ids == TOKENIZERS["bpe"].encode(text)
     assert theirs["bpe"].decode(ids) == text
 
 
 @given(st.text())
-def test_alone_the_tokenizer_of_a_text_is_that_of_a_document(theirs, text):
+def test_a_document_has_the_same_ids_in_transformers(theirs, text):
     ids = theirs["bpe"](text, split_special_tokens=True)["input_ids"]
     assert ids == TOKENIZERS["bpe"].encode_document(text)[:-1].tolist()
 
 
 @given(st.text(st.sampled_from(TOKENIZERS["char"].chars)))
-def test_any_text_of_known_characters_has_the_same_tokens_and_comes_back(theirs, text):
+def test_any_known_characters_have_the_same_ids_in_transformers_and_decode_to_themselves(
+    theirs, text
+):
     ids = theirs["char"](text)["input_ids"]
     assert ids == TOKENIZERS["char"].encode(text)
     assert theirs["char"].decode(ids) == text
 
 
-def test_an_unknown_character_is_an_error_there_too(theirs):
+def test_an_unknown_character_is_an_error_in_transformers_too(theirs):
     with pytest.raises(Exception, match="WordLevel error"):
         theirs["char"]("3 times Z")
 
 
-def test_no_version_of_transformers_is_to_clean_up_spaces(theirs):
-    assert not any(tok.clean_up_tokenization_spaces for tok in theirs.values())
+def test_transformers_keeps_spaces_when_it_decodes(theirs):
+    assert not any(tokenizer.clean_up_tokenization_spaces for tokenizer in theirs.values())
 
 
-def test_only_a_bpe_vocabulary_has_ends(theirs, exported):
+def test_a_bpe_vocabulary_has_an_end_token_and_characters_have_none(theirs, exported):
     end = TOKENIZERS["bpe"].end_of_text
     assert (
         theirs["bpe"].eos_token_id == theirs["bpe"].bos_token_id == end
@@ -208,10 +212,7 @@ def test_only_a_bpe_vocabulary_has_ends(theirs, exported):
     assert (generation.bos_token_id, generation.eos_token_id) == (end, end)
 
 
-# The program
-
-
-def test_weights_only_is_a_third_and_says_the_same(exported, capsys):
+def test_weights_only_writes_a_third_of_the_bytes_that_samples_the_same(exported, capsys):
     exported("char", n_embd=64)
     export.main(export.ExportConfig(out_dir="out/run", to="small/er", weights_only=True))
     assert "small/er: ckpt.pt\n" in capsys.readouterr().out
@@ -219,7 +220,8 @@ def test_weights_only_is_a_third_and_says_the_same(exported, capsys):
     assert sizes[1] < 0.4 * sizes[0]
     whole, small = (load_checkpoint(Path(folder) / "ckpt.pt") for folder in ("out/run", "small/er"))
     assert (
-        small[1].keys() == whole[1].keys() - {"optimizers"} and small[0].config == whole[0].config
+        small[1].keys() == whole[1].keys() - {"optimizers", "scaler", "evaluated_step"}
+        and small[0].config == whole[0].config
     )
     texts = []
     for folder in ("out/run", "small/er"):
@@ -238,7 +240,7 @@ def test_best_weights_of_a_real_run_can_be_exported(tiny_run):
     torch.testing.assert_close(load_pretrained("best")[0].state_dict(), best, rtol=0, atol=0)
 
 
-def test_nothing_is_written_over(exported):
+def test_existing_files_are_never_overwritten(exported):
     exported("char")
     before = {path: path.read_bytes() for path in Path("there").iterdir()}
     for options in (
@@ -247,7 +249,8 @@ def test_nothing_is_written_over(exported):
         {"to": "out/run/ckpt.pt"},
     ):
         with pytest.raises(
-            UserError, match=f"to={options['to']}: there is something already; name a new folder"
+            UserError,
+            match=f"to={options['to']}: exists and is not an empty folder; name a new folder",
         ):
             export.main(export.ExportConfig(out_dir="out/run", **options))
     assert {path: path.read_bytes() for path in Path("there").iterdir()} == before
@@ -258,7 +261,7 @@ def test_nothing_is_written_over(exported):
     )
 
 
-def test_a_folder_must_be_named_and_a_checkpoint_there(exported):
+def test_a_missing_folder_name_or_checkpoint_is_named(exported):
     with pytest.raises(UserError, match="to is empty; name the folder"):
         export.ExportConfig()
     exported("char")
@@ -267,23 +270,47 @@ def test_a_folder_must_be_named_and_a_checkpoint_there(exported):
     assert not Path("new").exists()
 
 
-def test_an_export_that_breaks_off_is_no_model(exported, monkeypatch):
+@contextmanager
+def largest_file(size: int):
+    """Inside, the system refuses to write a file beyond `size` bytes."""
+    resource = pytest.importorskip("resource")  # Windows does not have it
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("weights_only", "name"), [(False, "model.safetensors"), (True, "ckpt.pt")]
+)
+def test_a_failed_write_names_the_file_and_the_bytes(exported, weights_only, name):
+    exported("char", n_embd=64)
+    options = export.ExportConfig(out_dir="out/run", to="new", weights_only=weights_only)
+    with largest_file(100_000), pytest.raises(UserError) as error:
+        export.main(options)
+    words = rf"new/{name}: can not write [\d,]{{7}} bytes \(File too large; [\d,]+ bytes are free"
+    assert re.match(words, str(error.value))
+    assert "\n" not in str(error.value) and not list(Path("new").iterdir())
+
+
+def test_an_export_that_fails_half_way_is_not_taken_for_a_model(exported, monkeypatch):
     exported("char")
-    written = export.json.dumps
+    write = hub.atomic_write
 
-    def fails(content, **options):
-        if "model" in content:  # tokenizer.json
-            raise OSError("no space left")
-        return written(content, **options)
+    def fail(path):
+        if path.name == "tokenizer.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path)
 
-    monkeypatch.setattr(export.json, "dumps", fails)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(hub, "atomic_write", fail)
+    with pytest.raises(UserError, match=r"tokenizer.json: can not write [\d,]+ bytes \(No space"):
         export.main(export.ExportConfig(out_dir="out/run", to="new"))
-    monkeypatch.undo()
-    assert not Path("new/config.json").exists()
+    assert Path("new/model.safetensors").exists() and not Path("new/config.json").exists()
 
 
-def test_config_json_is_what_transformers_itself_would_say(exported):
+def test_config_json_is_what_transformers_makes_of_it(exported):
     exported("bpe", tie_weights=False)
     theirs = AutoModelForCausalLM.from_pretrained("there").config.to_dict()
     ours = json.loads(Path("there/config.json").read_bytes())

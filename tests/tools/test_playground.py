@@ -1,10 +1,13 @@
-"""The playground without a browser: its figures against references, and mistakes that end in a sentence."""
+"""The playground without a browser: probabilities, attention, requests, and who may send them."""
 
+import http.client
+import json
 import math
-import re
 import shutil
+import subprocess
+import sys
 import threading
-from html.parser import HTMLParser
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,16 +22,23 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import model as gpt
+import model as model_file
 import sample
 from configurator import UserError
 from sample import SampleConfig
 from support.checkpoint import load_checkpoint
 from tools import playground
-from tools.playground import WITH_TEXT, Candidate, Checkpoints, Page, Text, Token
+from tools.playground import Checkpoints, Playground
 
-DRAWS = [(0.8, None, None), (1.3, 5, None), (0.7, None, 0.6), (1.0, 12, 0.8), (1.0, None, 1e-6)]
-CONTROLS = ("3 times", 0.8, 0, 1, 40, 1337)  # prompt, temperature, top-k, top-p, tokens, seed
+SAMPLING = [
+    {"temperature": 0.8},
+    {"temperature": 1.3, "top_k": 5},
+    {"temperature": 0.7, "top_p": 0.6},
+    {"temperature": 1.0, "top_k": 12, "top_p": 0.8},
+    {"temperature": 1.0, "top_p": 1e-6},
+]
+CHECKPOINT = "out/tiny/ckpt.pt"
+OPTIONS = {"start": "3 times", "temperature": 0.8, "max_new_tokens": 40, "seed": 1337}
 
 
 @pytest.fixture(scope="module")
@@ -37,108 +47,126 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def page(tiny_run, trained) -> Page:
-    """That of one tiny run, which is trained once and copied; its context is 16 tokens."""
+def page(tiny_run, trained) -> Playground:
+    """Return the playground of a tiny run, trained once and copied; its context is 16 tokens."""
     if trained.exists():
         shutil.copytree(trained, "out/tiny")
     else:
         shutil.copytree(tiny_run(), trained)
-    return Page(Checkpoints(["out/tiny"]))
+    return Playground(Checkpoints(["out/tiny"]))
 
 
-def last(answers):
-    *_, answer = answers
+def ask_to_write(page: Playground, checkpoint=CHECKPOINT, earlier=(), **options) -> list[dict]:
+    fields = {"checkpoint": checkpoint, "options": OPTIONS | options, "earlier": list(earlier)}
+    return list(page.answer("write", fields))
+
+
+def ask_for_attention(page: Playground, text: str, checkpoint=CHECKPOINT, **changed) -> dict:
+    fields = {"checkpoint": checkpoint, "text": text, "count": 24, "layer": 1, "head": 1}
+    (answer,) = page.answer("attention", fields | changed)
     return answer
 
 
-class Plain(HTMLParser):
-    """The text that a browser shows, and the tags that it sees."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text, self.tags = "", set()
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs) -> None:
-        self.tags.add(tag)
-
-    def handle_data(self, data) -> None:
-        self.text += data
+def drawn(token: dict) -> dict:
+    (candidate,) = [c for c in token["candidates"] if c["drawn"]]
+    return candidate
 
 
-# What a token was drawn from
+def text_of(written: list[dict], start: str = OPTIONS["start"]) -> str:
+    return start + "".join(token["text"] for token in written)
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), DRAWS)
-def test_probabilities_equal_those_of_transformers(temperature, top_k, top_p):
+# Candidates
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_probabilities_equal_those_of_transformers(sampling):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 3
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    warpers += [TopKLogitsWarper(top_k)] if top_k else []
-    warpers += [TopPLogitsWarper(top_p)] if top_p else []
-    before, after = playground.probabilities(logits, temperature, top_k, top_p)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling["temperature"])])
+    warpers += [TopKLogitsWarper(sampling["top_k"])] if "top_k" in sampling else []
+    warpers += [TopPLogitsWarper(sampling["top_p"])] if "top_p" in sampling else []
+    before, after = playground.probabilities(logits, **sampling)
     torch.testing.assert_close(before, logits.softmax(-1))
     torch.testing.assert_close(after, warpers(None, logits[None])[0].softmax(-1))
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), DRAWS)
-def test_probabilities_after_are_those_that_a_token_is_drawn_with(
-    temperature, top_k, top_p, monkeypatch
-):
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_the_second_probabilities_are_those_that_a_token_is_drawn_with(sampling, monkeypatch):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(4)) * 3
     given = []
     monkeypatch.setattr(
         torch, "multinomial", lambda probs, *_, **__: given.append(probs) or torch.tensor([[0]])
     )
-    gpt.sample_token(logits[None], temperature, top_k, top_p)
-    after = playground.probabilities(logits, temperature, top_k, top_p)[1]
-    drawn = given[0][0] / given[0].sum()
-    assert torch.equal(
-        after.sort(descending=True).values[: len(drawn)], drawn.sort(descending=True).values
-    )
+    model_file.sample_token(logits[None], **sampling)
+    after = playground.probabilities(logits, **sampling)[1]
+    expected = (given[0][0] / given[0].sum()).sort(descending=True).values
+    assert torch.equal(after.sort(descending=True).values[: len(expected)], expected)
 
 
-def test_at_temperature_zero_the_likeliest_token_is_certain():
-    after = playground.probabilities(torch.tensor([0.0, 2.0, 1.0]), 0)[1]
+def test_at_temperature_zero_the_most_likely_token_is_certain():
+    after = playground.probabilities(torch.tensor([0.0, 2.0, 1.0]), temperature=0)[1]
     assert after.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.0}, {"top_k": 3, "top_p": 0.7, "seed": 5}]
 )
-def test_the_text_is_that_of_sample_py(page, options, capsys):
-    loaded = page.checkpoints.load("out/tiny/ckpt.pt")
-    sampling = SampleConfig(
-        out_dir="out/tiny", start="3 times", max_new_tokens=40, dtype="float32", **options
-    )
+def test_the_text_is_the_one_that_sample_py_prints(page, options, capsys):
+    options = {"start": "3 times", "max_new_tokens": 40, **options}
     capsys.readouterr()
-    sample.main(sampling)
-    assert (
-        str(Text(sampling, list(playground.write(loaded, sampling)))) + "\n"
-        == capsys.readouterr().out
-    )
+    sample.main(SampleConfig(out_dir="out/tiny", dtype="float32", **options))
+    about, *written = ask_to_write(page, **options)
+    assert about["about"].startswith("step 12, validation loss ")
+    assert text_of(written) + "\n" == capsys.readouterr().out
 
 
-def test_each_token_comes_with_the_ten_likeliest_and_their_probabilities(page):
-    loaded = page.checkpoints.load("out/tiny/ckpt.pt")
-    sampling = SampleConfig(start="3 times", max_new_tokens=40, temperature=1.5, top_p=0.9)
-    written = list(playground.write(loaded, sampling))
-    ids = loaded.tok.encode(str(Text(sampling, written)))
+def test_each_token_has_the_ten_most_likely_candidates_with_their_probabilities(page):
+    _, *written = ask_to_write(page, temperature=1.5, top_p=0.9)
+    loaded = page.checkpoints.load(CHECKPOINT)
+    ids = loaded.tokenizer.encode(text_of(written))
     for i, token in enumerate(written, start=len("3 times")):
         with torch.no_grad():
-            logits = loaded.net(torch.tensor([ids[max(0, i - 16) : i]]))[0][0, -1]
-        before, after = playground.probabilities(logits, 1.5, None, 0.9)
+            logits = loaded.model(torch.tensor([ids[max(0, i - 16) : i]]))[0][0, -1]
+        before, after = playground.probabilities(logits, temperature=1.5, top_p=0.9)
         best = before.topk(10).indices.tolist()
-        names = [playground.label(loaded.tok.decode_bytes([n])) for n in best]
-        assert [c.label for c in token.candidates[:10]] == names
-        assert [c.rank for c in token.candidates[:10]] == list(range(1, 11))
-        assert token.drawn.label == playground.label(token.text.encode())
-        assert token.drawn.rank == before.argsort(descending=True).tolist().index(ids[i]) + 1
-        for c, n in zip(token.candidates, best, strict=False):
-            assert math.isclose(c.before, before[n], rel_tol=1e-3) and math.isclose(
-                c.after, after[n], rel_tol=1e-3
-            )
-    beyond = [token for token in written if len(token.candidates) == 11]
-    assert beyond and all(token.drawn == token.candidates[10] for token in beyond)
+        ten = token["candidates"][:10]
+        assert [c["label"] for c in ten] == [
+            playground.visible(loaded.tokenizer.decode_bytes([n])) for n in best
+        ]
+        assert [c["rank"] for c in ten] == list(range(1, 11))
+        assert drawn(token)["label"] == playground.visible(token["text"].encode())
+        assert drawn(token)["rank"] == before.argsort(descending=True).tolist().index(ids[i]) + 1
+        for c, n in zip(ten, best, strict=True):
+            assert math.isclose(c["before"], before[n], rel_tol=1e-3)
+            assert math.isclose(c["after"], after[n], rel_tol=1e-3)
+    beyond = [token for token in written if len(token["candidates"]) == 11]
+    assert beyond and all(token["candidates"][10]["drawn"] for token in beyond)
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [
+        (b" the", "␣the"),
+        (b"\n", "↵"),
+        (b"\xe2\x80", r"\xe2\x80"),
+        ("é".encode(), "é"),
+        (b"\x07", r"\x07"),
+    ],
+)
+def test_labels_show_characters_that_are_invisible(token, shown):
+    assert playground.visible(token) == shown
+
+
+def test_a_character_in_two_tokens_is_shown_when_it_is_complete(monkeypatch):
+    pieces = [b"\xc3", b"\xa9", b"!"]
+    tokenizer = SimpleNamespace(encode=lambda text: [0], decode_bytes=lambda ids: pieces[ids[0]])
+    config = model_file.GPTConfig(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4)
+    model = model_file.GPT(config).eval()
+    stream = ((model(torch.tensor([[0]])), torch.tensor([[i]]))[1] for i in range(3))
+    monkeypatch.setattr(model, "generate", lambda *_, **__: stream)
+    loaded = playground.Loaded(Path("x"), model, tokenizer, 0, "")
+    written = playground.write(loaded, SampleConfig(start="a"))
+    assert [token["text"] for token in written] == ["", "é", "!"]
 
 
 # Attention
@@ -148,47 +176,45 @@ def test_attention_and_loss_equal_those_of_transformers_with_and_without_the_mas
     ours, x = small_model(), tokens(1, 24)
     theirs = reference(ours)
     for masked, mask in ((True, None), (False, torch.zeros(1, 1, 24, 24))):
-        layers, loss = playground.look(ours, x, masked)
+        layers, loss = playground.attention_weights(ours, x, masked)
         with torch.no_grad():
             answer = theirs(x, attention_mask=mask, output_attentions=True)
         assert len(layers) == 3 and layers[0].shape == (4, 24, 24)
-        torch.testing.assert_close(
-            layers, [weights[0] for weights in answer.attentions], rtol=1e-4, atol=1e-5
-        )
+        expected = [weights[0] for weights in answer.attentions]
+        torch.testing.assert_close(layers, expected, rtol=1e-4, atol=1e-5)
         expected = F.cross_entropy(answer.logits[0, :-1], x[0, 1:])
         assert math.isclose(loss, expected, rel_tol=1e-4)
         assert (layers[2].triu(1) > 0).any() == (not masked)
 
 
-def test_the_model_has_its_own_attention_back_afterwards(monkeypatch):
-    before, net = gpt.attention, small_model()
-    playground.look(net, tokens(1, 5), masked=False)
-    assert gpt.attention is before
-    monkeypatch.setattr(net, "forward", lambda *_: 1 / 0)
+def test_the_model_has_its_own_attention_again_afterwards(monkeypatch):
+    before, model = model_file.attention, small_model()
+    playground.attention_weights(model, tokens(1, 5), masked=False)
+    assert model_file.attention is before
+    monkeypatch.setattr(model, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        playground.look(net, tokens(1, 5), masked=False)
-    assert gpt.attention is before
+        playground.attention_weights(model, tokens(1, 5), masked=False)
+    assert model_file.attention is before
 
 
-def test_a_text_is_written_as_ever_while_attention_is_changed_in_another_thread(page):
-    loaded = page.checkpoints.load("out/tiny/ckpt.pt")
-    sampling = SampleConfig(start="3 times", max_new_tokens=60)
-    alone = list(playground.write(loaded, sampling))
+def test_a_text_stays_the_same_while_another_thread_looks_at_attention(page):
+    alone = ask_to_write(page)
+    model = page.checkpoints.load(CHECKPOINT).model
     stop, x = threading.Event(), torch.zeros(1, 16, dtype=torch.int64)
 
-    def look_on() -> None:
+    def look() -> None:
         while not stop.is_set():
-            playground.look(loaded.net, x, masked=False)
+            playground.attention_weights(model, x, masked=False)
 
-    thread = threading.Thread(target=look_on)
+    thread = threading.Thread(target=look)
     thread.start()
-    together = list(playground.write(loaded, sampling))
+    together = ask_to_write(page)
     stop.set()
     thread.join()
-    assert together == alone
+    assert together == alone and len(alone) == 41
 
 
-def unmasked(q, k, v, dropout=0.0):
+def unmasked_attention(q, k, v, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -196,238 +222,316 @@ def test_only_a_model_trained_without_the_mask_has_an_impossibly_good_loss(
     page, tiny_run, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(gpt, "attention", unmasked)
-        options = dict(
-            n_layer=1, n_embd=32, batch_size=16, gradient_accumulation_steps=1, optimizer="muon"
-        )
-        tiny_run(out_dir="out/seer", max_iters=200, eval_interval=200, **options)
-    for out_dir, sees in (("out/tiny", False), ("out/seer", True)):
-        loaded = page.checkpoints.load(f"{out_dir}/ckpt.pt")
-        x = torch.tensor([loaded.tok.encode("3 times 4 is 12.")])
-        with_mask, without = (playground.look(loaded.net, x, masked)[1] for masked in (True, False))
-        said = page.on_attention(str(loaded.path), "3 times 4 is 12.", None, WITH_TEXT, 1, 1, 64)[0]
-        assert ("trained without the mask" in said) == sees and (
-            "python lessons.py" in said
-        ) != sees
-        assert f"{with_mask:.3f} to {without:.3f}" in said
+        patch.setattr(model_file, "attention", unmasked_attention)
+        options = dict(n_layer=1, n_embd=32, batch_size=16, gradient_accumulation_steps=1)
+        options |= dict(optimizer="muon", max_iters=200, eval_interval=200)
+        tiny_run(out_dir="out/seer", **options)
+    page = Playground(Checkpoints(["out/tiny", "out/seer"]))
+    for out_dir, sees_future in (("out/tiny", False), ("out/seer", True)):
+        answer = ask_for_attention(page, "3 times 4 is 12.", f"{out_dir}/ckpt.pt", count=64)
+        masked, unmasked = (m["loss"] for m in answer["maps"])
+        assert (unmasked < masked / 2) == sees_future  # the limit that playground.js uses
 
 
-def test_the_maps_have_a_cell_for_each_pair_of_tokens_that_may_look(page):
-    said, maps, layers, heads = page.on_attention(
-        "out/tiny/ckpt.pt", "3 times", None, WITH_TEXT, 2, 1, 24
-    )
-    with_mask, without = re.findall("<svg.*?</svg>", maps)
-    assert with_mask.count("<rect") == with_mask.count('class="past"') == 7 * 8 / 2
-    assert without.count('class="past"') == 28 and without.count('class="future"') == 21
-    loaded = page.checkpoints.load("out/tiny/ckpt.pt")
-    weights = playground.look(loaded.net, torch.tensor([loaded.tok.encode("3 times")]))[0][1][0]
-    tips = re.findall("<title>(.*?)</title>", with_mask)
-    expected = [
-        f"{a} looks at {b}: {playground.percent(weights[i, j].item())}"
-        for i, a in enumerate("3␣times")
-        for j, b in enumerate("3␣times"[: i + 1])
-    ]
-    assert tips == expected
-    assert "7 tokens" in said and layers.choices == [("1", 1), ("2", 2)] and heads.value == 1
+def test_the_maps_are_those_of_the_layer_and_head_that_were_chosen(page):
+    answer = ask_for_attention(page, "3 times", layer=2, head=2)
+    loaded = page.checkpoints.load(CHECKPOINT)
+    x = torch.tensor([loaded.tokenizer.encode("3 times")])
+    for map_, masked in zip(answer["maps"], (True, False), strict=True):
+        expected = playground.attention_weights(loaded.model, x, masked)[0][1][1]
+        torch.testing.assert_close(torch.tensor(map_["weights"]), expected, rtol=0, atol=6e-5)
+    assert "".join(answer["labels"]) == "3␣times" and answer["tokens"] == 7
+    assert (answer["layers"], answer["heads"], answer["layer"], answer["head"]) == (2, 2, 2, 2)
+    assert ask_for_attention(page, "3 times", layer=9, head=9)["layer"] == 2
+    assert len(ask_for_attention(page, "3 times", count=4)["labels"]) == 4
 
 
-# HTML
-
-
-def test_text_is_shown_as_text():
-    nasty = "<b>&amp;\"'</b>\n<script>"
-    drawn = Candidate(1, nasty, 0.25, 1.0, True)
-    text = Text(SampleConfig(start=nasty), [Token(nasty, [drawn])])
-    for made, tags, shows in (
-        (playground.prompt_html(nasty), {"span"}, nasty),
-        (playground.token_html(text.tokens[0], 0), {"span", "i"}, nasty.replace("\n", "↵\n")),
-        (
-            playground.candidates_html(text, 0),
-            {"p", "b", "table", "thead", "tbody", "tr", "td", "th"},
-            nasty,
-        ),
-        (playground.notice(UserError(nasty)), {"p"}, nasty),
-        (playground.card_html(nasty, nasty, ""), {"article", "h3", "p", "div"}, nasty),
-        (
-            playground.heat_map(torch.eye(2), ["<b>", "&lt;"], True),
-            {"svg", "path", "rect", "title", "text"},
-            "&lt; looks at <b>",
-        ),
-    ):
-        plain = Plain(made)
-        assert plain.tags == tags and shows in plain.text
-
-
-def test_the_shown_tokens_are_the_text(page):
-    text, shown = last(page.on_write({}, "out/tiny/ckpt.pt", *CONTROLS))[2:0:-1]
-    shown = shown if isinstance(shown, str) else shown.value
-    assert Plain(shown).text.replace("↵\n", "\n") == str(text) and len(text.tokens) == 40
-
-
-@pytest.mark.parametrize(
-    ("piece", "label"),
-    [
-        (b" the", "␣the"),
-        (b"\n", "↵"),
-        (b"\xe2\x80", r"\xe2\x80"),
-        ("é".encode(), "é"),
-        (b"\x07", r"\x07"),
-    ],
-)
-def test_labels_show_what_can_not_be_seen(piece, label):
-    assert playground.label(piece) == label
-
-
-def test_a_character_in_two_tokens_is_shown_when_it_is_whole(monkeypatch):
-    pieces = [b"\xc3", b"\xa9", b"!"]
-    tok = SimpleNamespace(encode=lambda text: [0], decode_bytes=lambda ids: pieces[ids[0]])
-    net = gpt.GPT(gpt.GPTConfig(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4)).eval()
-    monkeypatch.setattr(
-        net,
-        "generate",
-        lambda *_: ((net(torch.tensor([[0]])), torch.tensor([[i]]))[1] for i in range(3)),
-    )
-    loaded = playground.Loaded(Path("x"), net, tok, 0, "")
-    assert [token.text for token in playground.write(loaded, SampleConfig(start="a"))] == [
-        "",
-        "é",
-        "!",
-    ]
-
-
-# Mistakes, and runs that come and change
+# Mistakes
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({0: ""}, "The prompt is empty"),
-        ({0: "Zeus"}, "character 'Z' at position 0"),
-        ({1: -1}, "temperature is -1 but must be at least 0"),
-        ({3: 0}, "top_p is 0 but must be above 0"),
-        ({5: None}, "seed each need a number"),
+        ({"start": ""}, "the prompt is empty"),
+        ({"start": "Zeus"}, "character 'Z' at position 0"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"seed": ""}, "seed"),
+        ({"max_new_tokens": "many"}, "max_new_tokens"),
+        ({"unknown": 1}, "unknown"),
     ],
 )
-def test_mistakes_are_sentences(page, changed, words):
-    controls = [changed.get(i, value) for i, value in enumerate(CONTROLS)]
-    said, shown, text, candidates = last(page.on_write({}, "out/tiny/ckpt.pt", *controls))
-    assert (
-        'class="notice"' in said
-        and words in Plain(said).text
-        and (shown, text, candidates) == ("", None, "")
-    )
-    assert words in Plain(last(page.on_compare({}, ["out/tiny/ckpt.pt"], *controls))).text
-    assert last(page.on_write({}, "out/tiny/ckpt.pt", *CONTROLS))[2].tokens, "it goes on"
+def test_mistakes_are_sentences_and_the_next_request_works(page, changed, words):
+    (answer,) = ask_to_write(page, **changed)
+    assert words in answer["error"]
+    assert len(ask_to_write(page)) == 41
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"),
-    [("", "The prompt is empty"), ("3", "'3' has 1 tokens"), ("Zeus", "character 'Z'")],
+    ("text", "words"),
+    [("", "'' has 0 tokens"), ("3", "'3' has 1 token;"), ("Zeus", "character 'Z'")],
 )
-def test_mistakes_are_sentences_beside_the_maps_too(page, prompt, words):
-    said, maps, *_ = page.on_attention("out/tiny/ckpt.pt", prompt, None, WITH_TEXT, 1, 1, 24)
-    assert 'class="notice"' in said and words in Plain(said).text and maps == ""
+def test_mistakes_are_sentences_beside_the_maps_too(page, text, words):
+    assert words in ask_for_attention(page, text)["error"]
 
 
-def test_a_prompt_longer_than_the_context_is_cut_and_said_to_be(page):
-    said, _, text, _ = last(
-        page.on_write({}, "out/tiny/ckpt.pt", "3 times 4 is 12.\n3 times", *CONTROLS[1:])
-    )
-    assert (
-        "of the prompt's 24 tokens this model sees the last 16" in Plain(said).text
-        and len(text.tokens) == 40
-    )
+@pytest.mark.parametrize("fields", [None, [], {}, {"checkpoint": CHECKPOINT, "text": 3}])
+@pytest.mark.parametrize("action", ["write", "attention", "loss"])
+def test_a_request_without_the_right_fields_gets_a_sentence(page, action, fields):
+    assert [list(answer) for answer in page.answer(action, fields)] == [["error"]]
 
 
-def test_a_run_without_a_checkpoint_is_offered_as_soon_as_it_has_one(page, tiny_run):
-    page = Page(Checkpoints(["out/later"]))
-    page.blocks()
-    assert "No checkpoint yet in out/later" in page.title_html(page.checkpoints.found())
-    assert "no checkpoint yet in out/later" in last(page.on_write({}, None, *CONTROLS))[0]
+@pytest.mark.parametrize(
+    "path", ["", "out/other/ckpt.pt", "out/tiny/../tiny/ckpt.pt", "/etc/passwd"]
+)
+def test_only_checkpoints_of_the_runs_are_read(page, path):
+    shutil.copytree("out/tiny", "out/other")
+    assert "choose a checkpoint of a run" in ask_to_write(page, path)[0]["error"]
+    (answer,) = page.answer("loss", {"run": path, "version": None})
+    assert "not a run of this page" in answer["error"]
+
+
+def test_a_prompt_longer_than_the_context_is_announced(page):
+    about, *written = ask_to_write(page, start="3 times 4 is 12.\n3 times")
+    assert "the prompt has 24 tokens and this model sees the last 16" in about["about"]
+    assert len(written) == 40
+
+
+# Runs that come and change
+
+
+def test_a_run_is_offered_as_soon_as_it_has_a_checkpoint(tiny_run):
+    page = Playground(Checkpoints(["out/later"]))
+    assert next(page.answer("runs", {}))["runs"] == {"out/later": []}
+    assert "no such checkpoint" in ask_to_write(page, "out/later/ckpt.pt")[0]["error"]
     tiny_run(out_dir="out/later")
-    path, compared, title, known = page.on_tick(None, [], [])
-    assert path.value == "out/later/ckpt.pt" and compared.value == known == page.checkpoints.found()
-    assert "No checkpoint" not in title
-    assert last(page.on_write({}, path.value, *CONTROLS))[2].tokens
+    paths = ["out/later/ckpt.pt", "out/later/best.pt"]
+    assert next(page.answer("runs", {}))["runs"] == {"out/later": paths}
+    assert len(ask_to_write(page, paths[0])) == 41
 
 
-def test_what_is_chosen_stays_chosen_while_its_run_is_replaced(page, tiny_run):
-    page.checkpoints.out_dirs.append(tiny_run(out_dir="out/other"))
-    known = page.checkpoints.found()
-    shutil.rmtree("out/tiny")
-    path, compared, *_ = page.on_tick("out/tiny/ckpt.pt", known, known)
-    others = ["out/other/ckpt.pt", "out/other/best.pt"]
-    assert path.value == "out/tiny/ckpt.pt" and [name for name, _ in path.choices] == [
-        "out/tiny/ckpt.pt",
-        *others,
-    ]
-    assert compared.value == others
-    assert (
-        "out/tiny/ckpt.pt: no such checkpoint" in last(page.on_write({}, path.value, *CONTROLS))[0]
-    )
+def test_the_newest_run_is_the_one_whose_log_changed_last(page):
+    shutil.copytree("out/tiny", "out/old")
+    page = Playground(Checkpoints(["out/none", "out/old", "out/tiny"]))
+    for out_dir in ("out/tiny", "out/old"):
+        with open(Path(out_dir, "log.jsonl"), "a", encoding="utf-8") as log:
+            log.write('{"step": 13}\n')
+        assert next(page.answer("runs", {}))["newest"] == out_dir
 
 
-def test_a_checkpoint_is_read_once_and_again_when_training_has_replaced_it(
-    page, tiny_run, monkeypatch
-):
+def test_the_first_prompt_is_the_one_of_the_run(page):
+    options = {key: value for key, value in OPTIONS.items() if key != "start"}
+    fields = {"checkpoint": CHECKPOINT, "options": options, "earlier": []}
+    assert next(page.answer("write", fields))["prompt"] == page.checkpoints.load(CHECKPOINT).start
+
+
+def test_a_checkpoint_is_read_once_and_again_when_training_replaced_it(page, tiny_run, monkeypatch):
     reads = []
     monkeypatch.setattr(
         playground, "load_checkpoint", lambda path: reads.append(path) or load_checkpoint(path)
     )
     load = page.checkpoints.load
-    assert load("out/tiny/ckpt.pt") is load("out/tiny/ckpt.pt") and len(reads) == 1
-    assert load("out/tiny/ckpt.pt").step == 12
+    assert load(CHECKPOINT) is load(CHECKPOINT) and len(reads) == 1
+    assert load(CHECKPOINT).step == 12
     tiny_run(init_from="resume", max_iters=18)
-    assert load("out/tiny/ckpt.pt").step == 18 and len(reads) == 2
-    assert playground.describe(load("out/tiny/ckpt.pt")).startswith("step 18, epoch")
+    assert load(CHECKPOINT).step == 18 and len(reads) == 2
+    assert playground.describe(load(CHECKPOINT), "3").startswith("step 18, validation loss")
 
 
-def test_cards_have_step_and_loss_and_do_not_repeat_a_text(page):
+def test_a_second_model_with_the_same_weights_writes_no_text(page):
     shutil.copytree("out/tiny", "out/copy")
-    cards = last(
-        page.on_compare({}, ["out/tiny/ckpt.pt", "out/copy/ckpt.pt", "out/none/ckpt.pt"], *CONTROLS)
-    )
-    first, second, third = cards.split("</article>")[:3]
-    said = playground.describe(page.checkpoints.load("out/tiny/ckpt.pt"))
-    assert re.match(r"step 12, epoch [\d.]+, validation loss \d\.\d{3}$", said)
-    assert said in first and first.count('class="token"') == 40
-    assert "the same weights as out/tiny/ckpt.pt" in second and "token" not in second
-    assert "out/none/ckpt.pt: no such checkpoint" in third
+    page = Playground(Checkpoints(["out/tiny", "out/copy"]))
+    (answer,) = ask_to_write(page, "out/copy/ckpt.pt", earlier=[CHECKPOINT])
+    assert "the same weights as out/tiny/ckpt.pt" in answer["about"]
+    assert len(ask_to_write(page, "out/copy/ckpt.pt")) == 41
 
 
-def test_the_curve_is_that_of_the_log_and_a_half_written_line_does_not_matter(page):
-    said, curve, seen = page.on_loss("out/tiny", None)
-    assert (
-        "step 12," in said
-        and len(curve) == 12 + 2 * 3
-        and set(curve["of"]) == {"each batch", "training", "validation"}
-    )
-    unchanged = page.on_loss("out/tiny", seen)
+def test_the_losses_are_those_of_the_log_and_a_half_written_line_does_not_matter(page):
+    (answer,) = page.answer("loss", {"run": "out/tiny", "version": None})
+    assert sum(r["loss"] is not None for r in answer["records"]) == 12
+    assert sum(r["val_loss"] is not None for r in answer["records"]) == 3
+    version = {"run": "out/tiny", "version": answer["version"]}
+    assert list(page.answer("loss", version)) == []
     with open("out/tiny/log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"step": 13, "epoch": 1.5, "loss": 1.25}\n{"step": 14, "lo')
-    said, longer, seen = page.on_loss("out/tiny", seen)
-    assert (
-        not isinstance(unchanged[1], type(curve))
-        and len(longer) == len(curve) + 1
-        and "step 13," in said
-    )
-    assert longer[longer["step"] == 13]["loss"].tolist() == [1.25]
-    said, curve, seen = page.on_loss("out/none", seen)
-    assert (
-        'class="notice"' in said and "out/none/log.jsonl" in said and curve is None and seen is None
-    )
+    (longer,) = page.answer("loss", version)
+    assert len(longer["records"]) == len(answer["records"]) + 1
+    assert longer["records"][-1] | {"train_loss": 0} == {
+        "step": 13,
+        "epoch": 1.5,
+        "loss": 1.25,
+        "train_loss": 0,
+        "val_loss": None,
+    }
+    shutil.rmtree("out/tiny")
+    (answer,) = page.answer("loss", version)
+    assert "log.jsonl" in answer["error"]
 
 
-def test_a_later_turn_or_a_stop_ends_a_text(page):
-    turns = {}
-    first = page.on_write(turns, "out/tiny/ckpt.pt", *CONTROLS)
-    assert len(next(first)[2].tokens) == 1
-    assert len(last(page.on_write(turns, "out/tiny/ckpt.pt", *CONTROLS))[2].tokens) == 40
-    assert list(first) == []
+# The server
 
 
-def test_options():
-    assert Checkpoints(["a", "b", "a"], "best.pt").out_dirs == [Path("a"), Path("b")]
-    assert Checkpoints(["a"], "best.pt").names == ["best.pt", "ckpt.pt"]
-    with pytest.raises(UserError, match="port is 0"):
+@contextmanager
+def served(page: Playground):
+    """Yield the port of a real server."""
+    with playground.Server(page, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def send(port: int, method: str, path: str, body: bytes | None = None, **headers: str):
+    """Return the status, headers and body of an answer. A header name may have _ for -."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    headers = {"Host": f"127.0.0.1:{port}"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    answer = response.status, response.headers, response.read()
+    connection.close()
+    return answer
+
+
+RUNS = ("POST", "/runs", b"{}")
+
+
+def test_the_page_and_its_requests_are_answered(page):
+    with served(page) as port:
+        for path, words in (("/", b"<h1>"), ("/playground.js", b"ask("), ("/playground.css", b"{")):
+            status, headers, body = send(port, "GET", path)
+            assert status == 200 and words in body
+            assert "default-src 'self'" in headers["Content-Security-Policy"]
+        fields = {"checkpoint": CHECKPOINT, "options": OPTIONS, "earlier": []}
+        status, headers, body = send(port, "POST", "/write", json.dumps(fields).encode())
+        assert status == 200 and len(body.splitlines()) == 41
+        assert "Access-Control-Allow-Origin" not in headers
+
+
+@pytest.mark.parametrize("request_", [("GET", "/"), ("GET", "/playground.js"), RUNS])
+def test_only_127_0_0_1_and_localhost_are_answered(page, request_):
+    with served(page) as port:
+        for host in ("127.0.0.1", f"127.0.0.1:{port}", "localhost", "localhost:80"):
+            assert send(port, *request_, Host=host)[0] == 200
+        for host in (
+            "",
+            "example.com",
+            f"example.com:{port}",
+            "127.0.0.1.example.com",
+            "localhost@example.com",
+            "localhost:",
+            "127.0.0.1:80:80",
+            "evil-localhost",
+        ):
+            status, _, body = send(port, *request_, Host=host)
+            assert status == 403 and b"out/tiny" not in body, host
+
+
+@pytest.mark.parametrize("request_", [("GET", "/"), RUNS, ("POST", "/write", b"{}")])
+def test_requests_from_other_pages_are_refused(page, request_):
+    with served(page) as port:
+        own = f"http://127.0.0.1:{port}"
+        assert send(port, *request_, Origin=own)[0] == 200
+        for origin in (
+            "http://example.com",
+            "null",
+            "http://127.0.0.1",
+            f"{own}0",
+            f"https{own[4:]}",
+        ):
+            status, headers, _ = send(port, *request_, Origin=origin)
+            assert status == 403 and "Access-Control-Allow-Origin" not in headers, origin
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/gradio_api/upload", b"--x\r\n\r\nfile\r\n--x--", 404),
+        ("POST", "/upload", b"file", 404),
+        ("POST", "/", b"{}", 404),
+        ("POST", "/answer", b"{}", 404),
+        ("POST", "/__init__", b"{}", 404),
+        ("POST", "/runs", None, 413),
+        ("PUT", "/runs", b"{}", 501),
+        ("OPTIONS", "/runs", None, 501),
+        ("GET", "/playground.py", None, 404),
+        ("GET", "/../train.py", None, 404),
+        ("GET", "/out/tiny/ckpt.pt", None, 404),
+    ],
+)
+def test_nothing_but_the_page_is_served_and_nothing_is_stored(page, method, path, body, status):
+    before = sorted(Path().rglob("*"))
+    with served(page) as port:
+        headers = {"Content_Length": "0x1"} if status == 413 else {}
+        assert send(port, method, path, body, **headers)[0] == status
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000, b"3", b"null"])
+def test_a_body_that_is_not_an_object_gets_a_sentence(page, body, capsys):
+    with served(page) as port:
+        status, _, answer = send(port, "POST", "/write", body)
+        assert status == 200 and "error" in json.loads(answer)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_large_request_is_refused_before_it_is_read(page):
+    with served(page) as port:
+        assert send(port, "POST", "/write", Content_Length=str(1 << 40))[0] == 413
+
+
+def test_a_text_ends_when_the_page_closes_the_connection(page, capsys, monkeypatch):
+    ended = threading.Event()
+
+    def endless(loaded, options):
+        try:
+            while True:
+                yield {"text": "a" * 1000}
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(playground, "write", endless)
+    fields = {"checkpoint": CHECKPOINT, "options": OPTIONS, "earlier": []}
+    with served(page) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", "/write", json.dumps(fields).encode())
+        response = connection.getresponse()
+        assert response.read(10_000)
+        response.close()
+        connection.close()
+        assert ended.wait(20)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# The command
+
+
+def test_out_dir_may_be_repeated(monkeypatch, capsys):
+    made = []
+
+    class NoServer:
+        def __init__(self, page, port):
+            made.append(page.checkpoints)
+            raise OSError(98, "Address already in use")
+
+    monkeypatch.setattr(playground, "Server", NoServer)
+    monkeypatch.setattr(sys, "argv", ["x", "--out_dir=a", "--out_dir=b", "--out_dir=a/"])
+    with pytest.raises(UserError, match="port 7860: Address already in use; choose another --port"):
+        playground.main(playground.PlaygroundConfig(out_dir="a", checkpoint="best.pt"))
+    assert list(made[0].runs) == ["a", "b"]
+    assert made[0].runs["a"] == ["a/best.pt", "a/ckpt.pt"]
+    assert "a: no checkpoint yet" in capsys.readouterr().out
+
+
+def test_a_port_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="port"):
         playground.PlaygroundConfig(port=0)
+
+
+def test_help_fits_on_100_columns():
+    command = [sys.executable, "-m", "tools.playground", "--help"]
+    root = Path(playground.__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=True)
+    assert "--out_dir=" in done.stdout and max(map(len, done.stdout.splitlines())) <= 100

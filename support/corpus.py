@@ -1,0 +1,291 @@
+"""From text files to token files: read documents, clean them, and write train.bin and val.bin.
+
+`read_documents` reads parquet, jsonl and txt files. `Writer` appends documents to files called
+NAME.part. progress.json says how many bytes of each file count, so the work can be interrupted at
+any moment: the next run cuts off what was written after the last complete shard and continues.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import time
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from configurator import UserError, one_line
+from support.data import TOKEN, read_meta, write_meta
+from support.files import atomic_write, free_bytes
+from support.tokenizer import END_OF_TEXT, BPETokenizer
+
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
+TXT_DOCUMENT = 100_000  # characters after which a text file is split at the next end of a line
+HUGE = 1_000_000  # characters of a document that is not kept waiting in memory beside others
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1 without tab and newline
+PARTS = ("train.bin", "val.bin", "seen")  # seen: the hash of every document, 8 bytes each
+
+
+def read_documents(path: Path, column: str) -> Iterator[bytes]:
+    """Yield the documents of a file one by one, as bytes that may not be valid UTF-8."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    try:
+        if path.suffix == ".parquet":
+            yield from read_parquet(path, column)
+            return
+        with pa.input_stream(str(path), compression=compression) as stream:
+            # Bytes that are not UTF-8 pass as surrogates; `clean` counts and replaces them.
+            lines = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="\n")
+            jsonl = ".jsonl" in path.suffixes
+            yield from read_jsonl(path, lines, column) if jsonl else read_txt(lines)
+    except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeError) as error:
+        reason = one_line(error)[:150]
+        raise UserError(f"{path}: could not read it ({reason}); is it complete?") from error
+
+
+def read_parquet(path: Path, column: str) -> Iterator[bytes]:
+    file = pq.ParquetFile(path)
+    kinds = [field.type for field in file.schema_arrow if field.name == column]
+    if len(kinds) != 1 or not (pa.types.is_string(kinds[0]) or pa.types.is_large_string(kinds[0])):
+        columns = ", ".join(f"{field.name} ({field.type})" for field in file.schema_arrow)
+        raise UserError(
+            f"{path}: not exactly one text column {column!r} among {columns[:200]}; use --column"
+        )
+    for batch in file.iter_batches(batch_size=128, columns=[column]):
+        yield from batch.column(0).cast(pa.large_binary()).drop_null().to_pylist()
+
+
+def read_jsonl(path: Path, lines: Iterable[str], column: str) -> Iterator[bytes]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)[column].encode("utf-8", "surrogatepass")
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            raise UserError(
+                f"{path}: line {number} is not JSON with a text {column!r}; use --column"
+            ) from None
+
+
+def read_txt(lines: io.TextIOWrapper) -> Iterator[bytes]:
+    """Yield documents: from one line <|endoftext|> to the next, or TXT_DOCUMENT characters."""
+    document, length = [], 0
+    while line := lines.readline(TXT_DOCUMENT):
+        ended = line.rstrip("\r\n") == END_OF_TEXT
+        if not ended:
+            document.append(line)
+            length += len(line)
+        if ended or length >= TXT_DOCUMENT:
+            yield "".join(document).encode("utf-8", "surrogateescape")
+            document, length = [], 0
+    yield "".join(document).encode("utf-8", "surrogateescape")
+
+
+def clean(document: bytes, counts: Counter) -> str:
+    """Return the document in Unicode's form NFC without control characters; count the repairs."""
+    try:
+        text = document.decode("utf-8")
+    except UnicodeDecodeError:
+        text = document.decode("utf-8", "replace")
+        counts["mended: bytes that were no UTF-8"] += 1
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    visible = CONTROL.sub("", text)
+    counts["mended: control characters"] += visible != text
+    composed = unicodedata.normalize("NFC", visible)
+    counts["mended: not in Unicode's form NFC"] += composed != visible
+    return composed
+
+
+def hash_document(text: bytes, val_fraction: float) -> tuple[int, bool]:
+    """Return 64 bits of BLAKE2, and whether the document is for validation.
+
+    The hash alone decides, so a document of val.bin is in no larger data set's train.bin.
+    """
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return number, number < val_fraction * 2**64
+
+
+@dataclass
+class Progress:
+    """The content of progress.json: what is done of an unfinished data set."""
+
+    options: dict  # those that decide the content; the next run must have the same
+    shards: int  # number of files that are done
+    complete: bool  # nothing is left to do but to give the files their names
+    text_bytes: int
+    val_bytes: int
+    counts: dict  # of documents that were read, kept, dropped, ...
+    lengths: dict  # of each of PARTS: the number of bytes that count
+    sha256: dict  # of each of PARTS: the checksum of these bytes
+
+    def save(self, folder: Path) -> None:
+        with atomic_write(folder / "progress.json") as file:
+            file.write(json.dumps(asdict(self), indent=2).encode())
+
+
+def load_progress(folder: Path, options: dict) -> Progress:
+    """Return the progress of an interrupted run with the same options, or start anew."""
+    path = folder / "progress.json"
+    again = f"remove {path} to start again"
+    if not path.exists():
+        (folder / "tokenizer.json").unlink(missing_ok=True)  # of an earlier start
+        Progress(options, 0, False, 0, 0, {}, dict.fromkeys(PARTS, 0), {}).save(folder)
+    try:
+        progress = Progress(**{"sha256": {}} | json.loads(path.read_bytes()))
+        numbers = [progress.shards, progress.text_bytes, progress.val_bytes]
+        numbers += [*progress.lengths.values(), *progress.counts.values()]
+        good = all(type(n) is int and 0 <= n < 1 << 60 for n in numbers)
+        if not (good and progress.lengths.keys() == set(PARTS) >= progress.sha256.keys()):
+            raise ValueError("wrong values")
+        change = difference(progress.options, options)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({one_line(error)[:100]}); {again}") from error
+    if change:
+        raise UserError(f"{folder} was begun with {change}; use another --dataset, or {again}")
+    return progress
+
+
+def difference(then: dict, now: dict) -> str:
+    """Return in words how the options of two runs differ, or "" if they do not."""
+    for name in now | then:
+        if then.get(name) != now.get(name) and (name != "inputs" or name in then):
+            if name in ("files", "inputs"):  # inputs: path, size and time of change of every file
+                return "other input files, or they have changed"
+            return f"{name}={then.get(name)} instead of {now.get(name)}"
+    return ""
+
+
+class Part:
+    """A file that grows, and its sha256. Of an older file, only the bytes that count are kept."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self.hash, left = hashlib.sha256(), progress.lengths[path.stem]
+        self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+        while chunk := self.file.read(min(left, 1 << 24)):
+            self.hash.update(chunk)
+            left -= len(chunk)
+        self.file.truncate()
+        sha256 = self.hash.hexdigest()
+        if left or progress.sha256.get(path.stem, sha256) != sha256 or self.file.tell() % 2:
+            again = f"remove {path.with_name('progress.json')} to start again"
+            raise UserError(f"{path} is not what progress.json describes; {again}")
+
+    def write(self, content: bytes) -> None:
+        self.file.write(content)
+        self.hash.update(content)
+
+
+class Writer:
+    """Appends shard after shard to an unfinished data set, up to `limit` bytes of text."""
+
+    def __init__(self, folder: Path, progress: Progress, limit: float, n_threads: int) -> None:
+        self.folder, self.progress, self.limit = folder, progress, limit
+        self.n_threads = n_threads  # that tokenize
+        self.counts = Counter(progress.counts)
+        self.parts = {name: Part(folder / f"{name}.part", progress) for name in PARTS}
+        # A sorted array takes 8 bytes per document, a set 90; the set is for this shard's only.
+        self.seen = np.sort(np.fromfile(folder / "seen.part", dtype="<u8"))
+        self.seen_now: set[int] = set()
+
+    def add_shard(self, path: Path, tokenizer: BPETokenizer, last: bool) -> None:
+        """Append the documents of a file, tokenized, in their order."""
+        progress, waiting = self.progress, deque()
+        started, before = time.perf_counter(), progress.text_bytes
+
+        def write_first() -> None:
+            name, ids = waiting.popleft()
+            self.parts[name].write(ids.result().astype(TOKEN).tobytes())
+
+        bar = tqdm(unit="B", unit_scale=True, desc=path.name, leave=False, disable=None)
+        with bar, ThreadPoolExecutor(self.n_threads) as pool:  # tiktoken releases Python's lock
+            for document in read_documents(path, progress.options["column"]):
+                self.counts["read"] += 1
+                text = clean(document, self.counts)
+                if name := self.choose_file(text):
+                    waiting.append((name, pool.submit(tokenizer.encode_document, text)))
+                while waiting and (len(waiting) > 100 or len(text) > HUGE):
+                    write_first()
+                bar.update(progress.text_bytes - before - bar.n)
+                if progress.text_bytes >= self.limit:
+                    break
+            while waiting:
+                write_first()
+        self.save(last or progress.text_bytes >= self.limit)
+        seconds, added = time.perf_counter() - started, (progress.text_bytes - before) / 1e6
+        print(f"{path.name}: {added:,.1f} MB of text in {seconds:.1f} s")
+
+    def choose_file(self, text: str) -> str:
+        """Return "train.bin", "val.bin", or "" for a document that is dropped; count it."""
+        options, encoded = self.progress.options, text.encode()
+        number, for_val = hash_document(encoded, options["val_fraction"])
+        at = np.searchsorted(self.seen, np.uint64(number))
+        if len(text) < options["min_chars"]:
+            self.counts["dropped: shorter than min_chars"] += 1
+            return ""
+        if number in self.seen_now or number in self.seen[at : at + 1]:
+            self.counts["dropped: the same as an earlier one"] += 1
+            return ""
+        self.seen_now.add(number)
+        self.parts["seen"].write(number.to_bytes(8, "little"))
+        self.counts["kept for validation" if for_val else "kept for training"] += 1
+        self.progress.text_bytes += len(encoded)
+        self.progress.val_bytes += len(encoded) * for_val
+        return "val.bin" if for_val else "train.bin"
+
+    def save(self, complete: bool) -> None:
+        """From now on the shard counts. `complete`: it was the last one."""
+        progress = self.progress
+        for name, part in self.parts.items():
+            part.file.flush()
+            os.fsync(part.file.fileno())
+            progress.lengths[name], progress.sha256[name] = part.file.tell(), part.hash.hexdigest()
+        if complete and not all(progress.lengths.values()):
+            (self.folder / "progress.json").unlink()
+            raise UserError(
+                "too few documents were kept to have some for training and some for validation; "
+                "give more text, lower --min_chars or raise --val_fraction"
+            )
+        progress.shards, progress.complete = progress.shards + 1, complete
+        progress.counts = dict(self.counts)
+        progress.save(self.folder)
+        self.seen = np.union1d(self.seen, np.fromiter(self.seen_now, dtype="<u8"))
+        self.seen_now.clear()
+        for part in self.parts.values() if complete else []:
+            part.file.close()  # Windows can not rename an open file
+
+
+def finish(folder: Path, progress: Progress, tokenizer: BPETokenizer) -> dict:
+    """Give the complete files their names and write meta.json. Can be repeated."""
+    (folder / "meta.json").unlink(missing_ok=True)
+    for path in (folder / "train.bin.part", folder / "val.bin.part"):
+        if path.exists():
+            Part(path, progress).file.close()  # checks the sha256
+            os.replace(path, folder / path.stem)
+    done = {"text_bytes": progress.text_bytes, "documents": progress.counts}
+    write_meta(folder, tokenizer, progress.val_bytes, progress.options | done)
+    for name in ("progress.json", "seen.part", "tokenizer.json"):
+        (folder / name).unlink(missing_ok=True)
+    return read_meta(folder / "meta.json")
+
+
+@contextmanager
+def explain_disk(folder: Path) -> Iterator[None]:
+    """Turn an error of the disk into a UserError that says what is wrong with it."""
+    try:
+        yield
+    except OSError as error:
+        reason, free = f"{error.filename or folder}: {error.strerror or error}", free_bytes(folder)
+        if error.errno == errno.ENOSPC and free > 1e8:  # then it is not the bytes
+            reason += f"; {free / 1e6:,.0f} MB are free, but the number of files may have a limit"
+        raise UserError(f"{reason}; fix it, then the same command continues") from error

@@ -1,0 +1,480 @@
+"use strict";
+// Draw what tools/playground.py answers. Text reaches the page only as text nodes and attribute
+// values, never as HTML, so a prompt, a token or a file name can not add elements or scripts.
+
+const byId = id => document.getElementById(id);
+
+function build(node, attributes, children) {
+    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    node.append(...children);
+    return node;
+}
+const html = (tag, attributes = {}, ...children) =>
+    build(document.createElement(tag), attributes, children);
+const svg = (tag, attributes = {}, ...children) =>
+    build(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
+function show(id, text, alert = false) {
+    const message = byId(id);
+    message.classList.toggle("alert", alert);
+    if (message.textContent !== text) message.textContent = text;
+}
+
+// A mistake of the user, as the program reports it.
+class UserError extends Error {}
+
+function report(id, error) {
+    if (error.name === "AbortError") return;  // the user asked for something else
+    if (error instanceof UserError) return show(id, error.message, true);
+    show(id, "The program does not answer. Is it still running?", true);
+}
+
+// Send a request; yield the JSON objects of the answer, one per line, as they arrive.
+async function* ask(action, fields, signal) {
+    const options = {method: "POST", body: JSON.stringify(fields), signal};
+    const response = await fetch(action, options);
+    if (!response.ok) throw new UserError(`The program refused the request (${response.status}).`);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+        const {done, value} = await reader.read();
+        if (done) return;
+        const lines = (rest + value).split("\n");
+        rest = lines.pop();
+        for (const answer of lines.map(line => JSON.parse(line))) {
+            if (answer.error) throw new UserError(answer.error);
+            if (signal?.aborted) return;
+            yield answer;
+        }
+    }
+}
+
+// Each kind of request has at most one that is running: a new one ends the one before.
+const turns = {};
+function beginTurn(kind) {
+    turns[kind]?.abort();
+    turns[kind] = new AbortController();
+    return turns[kind].signal;
+}
+
+const percent = p => p === 0 ? "0%" : p < 0.0005 ? "<0.1%" : `${(100 * p).toFixed(1)}%`;
+// The square root separates 1% from 5% as well as 50% from 80%.
+const shade = p => Math.sqrt(p).toFixed(2);
+
+// Write: a text and the candidates for each token
+
+let written = {prompt: "", tokens: [], settings: ""};
+let chosen = 0;
+let following = true;  // scroll to the end while the text grows, until the user chooses a token
+
+function samplingOptions() {
+    const value = id => byId(id).value;
+    return {
+        start: value("prompt"),
+        temperature: value("temperature"),
+        top_k: Number(value("top_k")) || (value("top_k") && "None"),
+        top_p: Number(value("top_p")) === 1 ? "None" : value("top_p"),
+        max_new_tokens: value("max_new_tokens"),
+        seed: value("seed"),
+    };
+}
+
+function describeSettings() {
+    const {temperature, top_k, top_p} = samplingOptions();
+    return `temperature ${temperature}` + (top_k === "None" ? "" : `, top-k ${top_k}`)
+        + (top_p === "None" ? "" : `, top-p ${top_p}`);
+}
+
+const promptSpan = text => html("span", {class: "prompt"}, text);
+
+function tokenSpan(token, number) {
+    const p = token.candidates.find(candidate => candidate.drawn).before;
+    const span = html("span", {class: "token", title: percent(p), "data-token": number});
+    span.style.setProperty("--shade", shade(p));
+    token.text.split("\n").forEach((line, i) => {  // show a line end, so that it can be clicked
+        if (i > 0) span.append(html("i", {}, "↵"), "\n");
+        span.append(line);
+    });
+    return span;
+}
+
+function drawCandidates() {
+    const token = written.tokens[chosen];
+    if (!token) return byId("candidates").replaceChildren();
+    const bar = p => {
+        const cell = html("td", {class: "bar"}, percent(p));
+        cell.style.setProperty("--p", p.toFixed(4));
+        return cell;
+    };
+    const rows = token.candidates.map(c => html("tr", {class: c.drawn ? "drawn" : ""},
+        html("td", {}, c.rank.toLocaleString("en")), html("th", {scope: "row"}, c.label),
+        bar(c.before), bar(c.after)));
+    const heads = ["rank", "token", "before", "after"].map(name => html("th", {scope: "col"}, name));
+    const label = token.candidates.find(c => c.drawn).label;
+    byId("candidates").replaceChildren(
+        html("p", {}, `Token ${chosen + 1}, `, html("b", {}, label), ", was drawn from:"),
+        html("table", {}, html("thead", {}, html("tr", {}, ...heads)), html("tbody", {}, ...rows)),
+        html("p", {}, "Before: the model's probability. After: the probability of being drawn, with "
+            + `${written.settings}.`));
+}
+
+function choose(number) {
+    const spans = byId("text").querySelectorAll(".token");
+    if (!spans[number]) return;
+    spans[chosen]?.classList.remove("chosen");
+    chosen = number;
+    spans[chosen].classList.add("chosen");
+    drawCandidates();
+}
+
+function chooseByHand(number) {
+    following = false;
+    choose(number);
+    byId("text").querySelector(".chosen")?.scrollIntoView({block: "nearest"});
+}
+
+async function writeText(options = samplingOptions()) {
+    const signal = beginTurn("write"), box = byId("text");
+    written = {prompt: options.start ?? "", tokens: [], settings: describeSettings()};
+    chosen = 0;
+    following = true;
+    box.replaceChildren();
+    drawCandidates();
+    try {
+        const request = {checkpoint: byId("checkpoint").value, options, earlier: []};
+        for await (const answer of ask("write", request, signal)) {
+            if (answer.about) {
+                show("about", answer.about);
+                written.prompt = answer.prompt;
+                if (options.start === undefined) byId("prompt").value = answer.prompt;
+                box.append(promptSpan(answer.prompt));
+                continue;
+            }
+            box.append(tokenSpan(answer, written.tokens.length));
+            written.tokens.push(answer);
+            if (written.tokens.length === 1) choose(0);
+            if (following) box.scrollTop = box.scrollHeight;
+        }
+    } catch (error) {
+        report("about", error);
+    }
+}
+
+// Attention: which token looks at which
+
+function choices(name, fieldset, count, value) {
+    if (fieldset.querySelectorAll("input").length !== count) {
+        const labels = Array.from({length: count}, (_, i) => html("label", {},
+            html("input", {type: "radio", name, value: i + 1}), ` ${i + 1}`));
+        fieldset.replaceChildren(fieldset.querySelector("legend"), ...labels);
+    }
+    fieldset.querySelector(`[value="${value}"]`).checked = true;
+}
+const choice = name => document.querySelector(`[name="${name}"]:checked`)?.value;
+
+function verdict(answer) {
+    const [masked, unmasked] = answer.maps.map(map => map.loss);
+    const losses = `Without the mask the loss goes from ${masked.toFixed(3)} to ${unmasked.toFixed(3)}`;
+    const shown = answer.labels.length;
+    const length = `The text has ${answer.tokens.toLocaleString("en")} tokens`
+        + (shown < answer.tokens ? `; the maps show the first ${shown}.` : ".");
+    if (unmasked < masked / 2)
+        return `${losses}, which is impossibly good. This model was trained without the mask: it copies `
+            + `each answer from the next token, which does not exist when it writes. ${length}`;
+    return `${losses}. A model that was trained with the mask never learned to use later tokens. A model `
+        + "that was trained without it gets an impossibly low loss here: `python -m tools.lessons` "
+        + `trains one in out/lessons/no_mask. ${length}`;
+}
+
+function heatMap({weights, masked}, labels) {
+    const size = 16, T = labels.length;
+    const names = labels.map(name => name.length <= 9 ? name : `${name.slice(0, 8)}…`);
+    const longest = Math.max(...names.map(name => name.length));
+    const margin = 26 + 7 * longest, side = margin + T * size + 1, end = side - 1;
+    const steps = `M${margin} ${margin}${`h${size}v${size}`.repeat(T)}`;  // the future is above
+    const map = svg("svg", {viewBox: `0 0 ${side} ${side}`, role: "img",
+        "aria-label": `attention ${masked ? "with" : "without"} the mask`});
+    map.style.minWidth = `${Math.round(0.75 * side)}px`;
+    if (masked) map.append(svg("path", {class: "masked", d: `${steps}V${margin}Z`}));
+    for (let row = 0; row < T; row++) {
+        for (let column = 0; column < (masked ? row + 1 : T); column++) {
+            const p = weights[row][column];
+            map.append(svg("rect", {
+                class: column > row ? "future" : "past", x: margin + column * size,
+                y: margin + row * size, width: size, height: size, "fill-opacity": shade(p),
+            }, svg("title", {}, `${names[row]} looks at ${names[column]}: ${percent(p)}`)));
+        }
+        const middle = margin + (row + 0.5) * size;
+        const turned = {transform: `translate(${middle + 4} ${margin - 5}) rotate(-90)`};
+        const upright = {x: middle, y: margin - 5, "text-anchor": "middle"};
+        map.append(
+            svg("text", {x: margin - 5, y: middle + 4, "text-anchor": "end"}, names[row]),
+            svg("text", longest === 1 ? upright : turned, names[row]));
+    }
+    map.append(
+        svg("path", {class: "stairs", d: steps}),
+        svg("text", {class: "axis", x: margin, y: 11}, "looked at (keys) →"),
+        svg("text", {class: "axis", transform: `translate(11 ${end}) rotate(-90)`}, "looking (queries) →"));
+    if (masked) map.append(
+        svg("text", {class: "axis", x: end - 6, y: margin + 20, "text-anchor": "end"}, "the future, masked"));
+    return map;
+}
+
+function figure(map, labels) {
+    const future = map.weights.flatMap((row, i) => row.slice(i + 1)).reduce((a, b) => a + b, 0);
+    return html("figure", {}, html("figcaption", {},
+        html("b", {}, map.masked ? "With the mask" : "Without the mask"), html("br"),
+        `loss ${map.loss.toFixed(3)} nats per token, ${percent(future / labels.length)} of the attention `
+            + "on the future"),
+    html("div", {class: "scroll", tabindex: 0}, heatMap(map, labels)));
+}
+
+async function drawAttention() {
+    const signal = beginTurn("attention"), maps = byId("maps");
+    const text = choice("over") === "prompt" ? byId("prompt").value
+        : written.prompt + written.tokens.map(token => token.text).join("");
+    const request = {
+        checkpoint: byId("checkpoint").value, text, count: Number(byId("count").value),
+        layer: Number(choice("layer") ?? 1), head: Number(choice("head") ?? 1),
+    };
+    try {
+        for await (const answer of ask("attention", request, signal)) {
+            choices("layer", byId("layers"), answer.layers, answer.layer);
+            choices("head", byId("heads"), answer.heads, answer.head);
+            show("verdict", verdict(answer));
+            maps.replaceChildren(...answer.maps.map(map => figure(map, answer.labels)));
+        }
+    } catch (error) {
+        if (error.name !== "AbortError") maps.replaceChildren();
+        report("verdict", error);
+    }
+}
+
+// Compare: one prompt, several checkpoints
+
+async function compareCheckpoints() {
+    const signal = beginTurn("compare"), options = samplingOptions(), earlier = [];
+    const paths = Array.from(byId("compared").querySelectorAll(":checked"), box => box.value);
+    byId("cards").replaceChildren();
+    show("compare-message", paths.length ? "" : "No checkpoint is chosen.", !paths.length);
+    for (const checkpoint of paths) {
+        if (signal.aborted) return;
+        const about = html("p"), text = html("div", {class: "text"});
+        byId("cards").append(html("article", {}, html("h2", {}, checkpoint), about, text));
+        let number = 0;
+        try {
+            for await (const answer of ask("write", {checkpoint, options, earlier}, signal)) {
+                if (answer.candidates) text.append(tokenSpan(answer, number++));
+                else {
+                    about.textContent = answer.about;
+                    if (answer.prompt) text.append(promptSpan(answer.prompt));
+                }
+            }
+            if (number) earlier.push(checkpoint);
+        } catch (error) {
+            about.id = "compare-error";
+            report("compare-error", error);
+            about.removeAttribute("id");
+        }
+    }
+}
+
+// Loss: the log of a run
+
+const CURVES = {loss: "each batch", train_loss: "training", val_loss: "validation"};
+let log = {version: null, records: []};
+
+// Three to eight round numbers between `low` and `high`.
+function ticks(low, high) {
+    const power = 10 ** Math.floor(Math.log10((high - low) / 3));
+    const step = [5, 2, 1].map(n => n * power).find(n => (high - low) / n >= 3) ?? power;
+    const first = Math.ceil(low / step);
+    return Array.from({length: Math.floor(high / step) - first + 1}, (_, i) =>
+        Number(((first + i) * step).toPrecision(12)));
+}
+
+function drawLoss() {
+    const box = byId("curve"), width = Math.max(300, box.clientWidth), height = 420;
+    const points = Object.keys(CURVES).map(key =>
+        [key, log.records.filter(r => r[key] !== null).map(r => [r.step, r[key]])]);
+    const all = points.flatMap(([, curve]) => curve);
+    if (!all.length) return box.replaceChildren();
+    const range = i => all.reduce(
+        ([a, b], point) => [Math.min(a, point[i]), Math.max(b, point[i])], [Infinity, -Infinity]);
+    let [[left, right], [low, high]] = [range(0), range(1)];
+    if (left === right) right = left + 1;
+    if (low === high) [low, high] = [low - 0.5, high + 0.5];
+    const x = step => 50 + (width - 65) * (step - left) / (right - left);
+    const y = loss => 40 + (height - 80) * (high - loss) / (high - low);
+    const plot = svg("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "loss by step"});
+    for (const loss of ticks(low, high)) plot.append(
+        svg("line", {class: "grid", x1: 50, x2: width - 15, y1: y(loss), y2: y(loss)}),
+        svg("text", {class: "axis", x: 44, y: y(loss) + 4, "text-anchor": "end"}, String(loss)));
+    for (const step of ticks(left, right)) plot.append(
+        svg("text", {class: "axis", x: x(step), y: height - 20, "text-anchor": "middle"},
+            step.toLocaleString("en")));
+    points.forEach(([key, curve], i) => {
+        const stride = Math.ceil(curve.length / 2000);  // a screen does not show more points
+        const path = curve.filter((_, j) => j % stride === 0 || j === curve.length - 1);
+        const line = path.map(([step, loss]) => `${x(step)},${y(loss)}`).join(" ");
+        plot.append(
+            svg("polyline", {class: `curve ${key}`, points: line}),
+            svg("text", {class: `axis ${key}`, x: 50 + 90 * i, y: 16}, `— ${CURVES[key]}`));
+    });
+    plot.append(
+        svg("text", {class: "axis", x: width - 15, y: 16, "text-anchor": "end"}, "nats per token"),
+        svg("text", {class: "axis", x: width / 2, y: height - 4, "text-anchor": "middle"}, "step"));
+    const pointer = svg("line", {class: "pointer", y1: 40, y2: height - 40, visibility: "hidden"});
+    plot.append(pointer);
+    plot.addEventListener("pointermove", event => {
+        const at = left + (event.offsetX * width / plot.clientWidth - 50) / (width - 65) * (right - left);
+        const step = all.reduce((best, [s]) => Math.abs(s - at) < Math.abs(best - at) ? s : best, left);
+        build(pointer, {x1: x(step), x2: x(step), visibility: "visible"}, []);
+        byId("reading").textContent = readLosses(step);
+    });
+    box.replaceChildren(plot);
+}
+
+function readLosses(step) {
+    const parts = Object.entries(CURVES).flatMap(([key, name]) => {
+        const record = log.records.find(r => r.step === step && r[key] !== null);
+        return record ? [`${name} ${record[key].toFixed(3)}`] : [];
+    });
+    return `step ${step.toLocaleString("en")}: ${parts.join(", ")}`;
+}
+
+async function refreshLoss() {
+    const signal = beginTurn("loss"), run = byId("run").value;
+    try {
+        for await (const answer of ask("loss", {run, version: log.version}, signal)) {
+            log = answer;
+            drawLoss();
+            const last = log.records.at(-1);
+            const losses = ["train_loss", "val_loss"].flatMap(key => {
+                const record = log.records.findLast(r => r[key] !== null);
+                return record ? [`, ${CURVES[key]} loss ${record[key].toFixed(3)}`] : [];
+            });
+            show("figures", last ? `step ${last.step.toLocaleString("en")}, epoch `
+                + `${Number(last.epoch.toPrecision(3))}${losses.join("")}` : "no losses yet");
+        }
+    } catch (error) {
+        if (error.name !== "AbortError") {
+            log = {version: null, records: []};
+            drawLoss();
+        }
+        report("figures", error);
+    }
+}
+
+// Runs and their checkpoints, which may come and go
+
+let known = "";
+
+function offer(runs, newest) {
+    const found = Object.values(runs).flat(), select = byId("checkpoint"), before = select.value;
+    const empty = Object.keys(runs).filter(run => !runs[run].length);
+    const notice = `No checkpoint yet in ${empty.join(", ")}; it appears here when it exists.`;
+    show("notice", empty.length ? notice : "", empty.length > 0);
+    // What is chosen stays chosen, also while training replaces its file.
+    const paths = before && !found.includes(before) ? [before, ...found] : found;
+    select.replaceChildren(...paths.map(path => html("option", {value: path}, path)));
+    select.value = before || found[0] || "";
+    const fieldset = byId("compared");
+    const boxes = new Map(Array.from(fieldset.querySelectorAll("input"), box => [box.value, box.checked]));
+    const labels = Object.values(runs).flatMap(paths => {
+        const first = paths.some(path => boxes.get(path)) ? null : paths.find(path => !boxes.has(path));
+        return paths.map(path => {
+            const box = html("input", {type: "checkbox", value: path});
+            box.checked = boxes.get(path) ?? path === first;
+            return html("label", {}, box, ` ${path}`);
+        });
+    });
+    fieldset.replaceChildren(fieldset.querySelector("legend"), ...labels);
+    if (!byId("run").options.length) {
+        byId("run").append(...Object.keys(runs).map(run => html("option", {value: run}, run)));
+        byId("run").value = newest;
+    }
+    if (!before) writeText({...samplingOptions(), start: byId("prompt").value || undefined});
+}
+
+let refreshing = false;
+async function refresh() {
+    if (refreshing) return;
+    refreshing = true;
+    try {
+        for await (const {runs, newest} of ask("runs", {})) {
+            if (JSON.stringify(runs) !== known) offer(runs, newest);
+            known = JSON.stringify(runs);
+        }
+        if (!byId("loss").hidden) await refreshLoss();
+    } catch (error) {
+        report("notice", error);
+        known = "";
+    }
+    refreshing = false;
+}
+
+function openTab(name) {
+    for (const tab of byId("tabs").children) {
+        const open = tab.id === `tab-${name}`;
+        tab.setAttribute("aria-selected", open);
+        tab.tabIndex = open ? 0 : -1;
+        byId(tab.getAttribute("aria-controls")).hidden = !open;
+    }
+    for (const control of document.querySelectorAll("[data-tabs]"))
+        control.hidden = !control.dataset.tabs.split(" ").includes(name);
+    if (name === "attention") drawAttention();
+    if (name === "loss") refreshLoss().then(drawLoss);
+}
+
+function connect() {
+    const on = (id, event, action) => byId(id).addEventListener(event, action);
+    const redraw = () => byId("attention").hidden || drawAttention();
+    const over = value => { document.querySelector(`[name="over"][value="${value}"]`).checked = true; };
+    const start = () => {
+        over("text");
+        writeText();
+    };
+    on("controls", "submit", event => event.preventDefault());
+    on("write-start", "click", start);
+    on("write-stop", "click", () => turns.write?.abort());
+    on("compare-start", "click", compareCheckpoints);
+    on("compare-stop", "click", () => turns.compare?.abort());
+    on("text", "click", event => {
+        const token = event.target.closest("[data-token]");
+        if (token) chooseByHand(Number(token.dataset.token));
+    });
+    on("text", "keydown", event => {
+        const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+        if (!step) return;
+        event.preventDefault();
+        chooseByHand(chosen + step);
+    });
+    on("prompt", "keydown", event => {
+        if (event.key !== "Enter" || !event.shiftKey) return;
+        event.preventDefault();
+        start();
+    });
+    on("prompt", "input", () => over("prompt"));  // the written text continues another prompt
+    on("prompt", "change", redraw);
+    on("checkpoint", "change", redraw);
+    on("attention", "change", drawAttention);
+    on("run", "change", () => {
+        log = {version: null, records: []};
+        refreshLoss();
+    });
+    on("tabs", "click", event => event.target.id && openTab(event.target.id.replace("tab-", "")));
+    on("tabs", "keydown", event => {
+        const step = {ArrowLeft: -1, ArrowRight: 1}[event.key], tabs = [...byId("tabs").children];
+        const next = step && tabs[(tabs.indexOf(event.target) + step + tabs.length) % tabs.length];
+        if (!next) return;
+        next.focus();
+        next.click();
+    });
+    window.addEventListener("resize", drawLoss);
+    openTab("write");
+    refresh();
+    setInterval(refresh, 1000);
+}
+
+connect();
