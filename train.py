@@ -258,14 +258,12 @@ class Trainer:
         """Return whether the last save is `interval` seconds old, and saving costs less than 1%."""
         return time.perf_counter() - self.saved_at > max(interval, 100 * self.save_seconds)
 
-    def train_step(
-        self, step: int, lr: float, stop: int = 0, batches: list | None = None
-    ) -> Tensor:
+    def train_step(self, step: int, lr: float, stop: int = 0, batches=None) -> Tensor:
         """Update the weights once. Returns loss, gradient norm, and if any process has a `stop`.
 
         Nothing here waits for a GPU, which still computes one step while the next is prepared. So
         the GPU itself notices a loss or gradient that is not finite and keeps the weights from that
-        step on; `read` reports it. (float16 does wait, for its scaler.) Benchmarks give `batches`.
+        step on; `read` reports it. Benchmarks give their own `batches`.
         """
         c = self.config
         batches = batches or [self.micro_batch(step, micro) for micro in self.micros]
@@ -288,8 +286,8 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), c.grad_clip, grad_norm)
 
         finite = loss.isfinite()
-        if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
-            finite &= grad_norm.isfinite()  # else float16's scaler tried a scale that is too large
+        if not self.scaler.is_enabled():  # float16's scaler tries large scales: see `read`
+            finite &= grad_norm.isfinite()
         self.failed_step = torch.where((self.failed_step < 0) & ~finite, step, self.failed_step)
 
         for optimizer in self.optimizers:
@@ -307,6 +305,8 @@ class Trainer:
         loss, grad_norm, stop = figures.tolist()
         if self.failed_step >= 0:
             raise diagnosis.explain_step(self, int(self.failed_step))
+        if not math.isfinite(grad_norm) and self.scaler.get_scale() < 1:  # no scale is small enough
+            raise diagnosis.explain_step(self, self.recent[-1][0])
         return loss, grad_norm, stop > 0
 
 

@@ -54,12 +54,16 @@ def param_groups(model: GPT) -> dict[str, list[nn.Parameter]]:
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: a step moves all directions of a matrix by the same amount."""
 
+    # As in torch's fused AdamW: if found_inf is 1, step() changes no weight. So GradScaler, which
+    # sets it for float16, need not wait for the GPU.
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
+
     def __init__(
         self, params, lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
     ) -> None:
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype  # of the matrix products
-        self.found_inf: Tensor | None = None  # 1: step() changes no weight, as in torch's AdamW
 
     @torch.no_grad()
     def step(self) -> None:

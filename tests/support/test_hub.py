@@ -630,6 +630,7 @@ def finetune(hub, folder, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_finetune_together(finetune, hub, tmp_path):
     """One downloads while the other waits, and together they learn what one process learns."""
     alone = load_checkpoint(finetune(out_dir="out/alone", max_iters=2, dropout=0.0) / "ckpt.pt")[1][
