@@ -7,7 +7,7 @@
 
 One file after the other (a shard) is downloaded, cleaned, tokenized, appended to the token files
 and deleted. After an interruption, the same command continues and gives the same bytes. Documents
-are kept whole, and end with <|endoftext|>; repeated documents are dropped.
+are kept whole and end with <|endoftext|>; repeated documents are dropped.
 """
 
 import json
@@ -66,15 +66,14 @@ class PrepareConfig:
         check_range(self, 257, 1 << 16, "vocab_size")  # token ids are stored as uint16
         check_range(self, 1, 1 << 30, "min_chars")
         check_range(self, 0, 1024, "num_threads")
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"val_fraction is {self.val_fraction} but must be between 0 and 1")
+        check_range(self, 1e-9, 0.999, "val_fraction")
         object.__setattr__(self, "size", self.size or ("all" if self.input else "250MB"))
         parse_size(self.size)
 
 
 def parse_size(size: str) -> float:
     """Return a size in bytes: 250MB is 250,000,000; 'all' is infinity."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB|TB|B)", size.upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?B)", size.upper())
     if size != "all" and not (match and float(match[1])):
         raise UserError(f"size is {size!r} but must be a number with a unit, as 250MB, or 'all'")
     units = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -82,37 +81,30 @@ def parse_size(size: str) -> float:
 
 
 def main(config: PrepareConfig) -> None:
-    """Keep a second process away from the folders and from the downloads, and prepare."""
-    folder, cache = Path("data", config.dataset), Path("data/cache", config.source)
-    second_lock = nullcontext() if config.input else lock_folder(cache)
-    with corpus.explain_disk(folder), lock_folder(folder), second_lock:
-        prepare(config, folder)
-
-
-def prepare(config: PrepareConfig, folder: Path) -> None:
     """Make a tokenizer, add shard after shard, and give the token files their names."""
-    shards = list_shards(config)
-    options = content_options(config, shards)
-    if is_prepared(folder, options):
-        return
-    progress, limit = corpus.load_progress(folder, options), parse_size(config.size)
-    check_disk(folder, config, shards, limit, progress.text_bytes)
-    tokenizer = load_tokenizer(folder / "tokenizer.json", config, shards)
-    if not progress.complete:
-        writer = corpus.Writer(folder, progress, limit, config.num_threads or os.cpu_count())
-        for path, url in list(shards.items())[progress.shards :]:
-            fetch(path, url)
-            writer.add_shard(path, tokenizer, last=path == list(shards)[-1])
+    folder, cache = Path("data", config.dataset), Path("data/cache", config.source)
+    downloads = nullcontext() if config.input else lock_folder(cache)
+    with corpus.explain_disk(folder), lock_folder(folder), downloads:
+        shards = list_shards(config)
+        options = content_options(config, shards)
+        if is_prepared(folder, options):
+            return
+        progress = corpus.load_progress(folder, options, len(shards))
+        limit, n_threads = parse_size(config.size), config.num_threads or os.cpu_count()
+        check_disk(folder, config, shards, limit, progress.text_bytes)
+        tokenizer = load_tokenizer(folder / "tokenizer.json", config, shards)
+        if not progress.complete:
+            writer = corpus.Writer(folder, progress, limit, n_threads)
+        for number, (path, url) in enumerate(shards.items()):
+            if number >= progress.shards and not progress.complete:
+                fetch(path, url)
+                writer.add_shard(path, tokenizer, last=number == len(shards) - 1)
             if url and not config.keep_shards:
-                path.unlink()
-            if progress.complete:
-                break
-    meta = corpus.finish(folder, progress, tokenizer)
-    for path, url in shards.items():
-        if url and not config.keep_shards:  # those that only the tokenizer needed
-            path.unlink(missing_ok=True)
-    tokens = f"{meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
-    print(f"{folder}: {tokens} of {meta['vocab_size']:,}")
+                path.unlink(missing_ok=True)
+        meta = corpus.finish(folder, progress, tokenizer)
+    train, val = meta["train_tokens"], meta["val_tokens"]
+    kinds = f"{meta['vocab_size']:,}, {progress.text_bytes / (train + val):.2f} bytes each"
+    print(f"{folder}: {train:,} training and {val:,} validation tokens of {kinds}")
     print("documents:", "; ".join(f"{n:,} {what}" for what, n in progress.counts.items() if n))
 
 
@@ -128,9 +120,8 @@ def list_shards(config: PrepareConfig) -> dict[Path, str]:
         found = [p for p in [path, *sorted(path.rglob("*"))] if p.is_file()]
         found = [p for p in found if p.name.endswith(corpus.SUFFIXES)]
         if not found:
-            raise UserError(
-                f"input={name}: no file here that ends with {', '.join(corpus.SUFFIXES)}"
-            )
+            what = f"file that ends with {', '.join(corpus.SUFFIXES)}" * path.exists()
+            raise UserError(f"input={name}: no such {what or 'file or folder'}")
         paths += found
     return dict.fromkeys(paths, "")
 
@@ -198,9 +189,8 @@ def training_sample(config: PrepareConfig, shards: dict[Path, str]) -> Iterator[
         for document in corpus.read_documents(path, config.column):
             text = corpus.clean(document, Counter())
             _, for_val = corpus.hash_document(text.encode(), config.val_fraction)
-            if len(text) < config.min_chars or for_val:
-                continue
-            for piece in PIECES.findall(text):
+            keep = len(text) >= config.min_chars and not for_val
+            for piece in PIECES.findall(text) if keep else []:
                 yield piece
                 taken += len(piece.encode())
                 if taken >= SAMPLE_BYTES:
@@ -210,16 +200,14 @@ def training_sample(config: PrepareConfig, shards: dict[Path, str]) -> Iterator[
 def check_disk(folder: Path, config: PrepareConfig, shards: dict, limit: float, done: int) -> None:
     """Raise UserError if there is too little room for the tokens and for what is downloaded."""
     shard = 0 if config.input else remote_size(next(iter(shards.values())))
-    text = sum(path.stat().st_size for path in shards if config.input)
-    text = text or 1.6 * shard * len(shards)  # OpenWebText: 39.8 GB in 80 files of 0.3 GB
+    # OpenWebText is 39.8 GB of text in 80 files of 0.3 GB.
+    text = sum(path.stat().st_size for path in shards if config.input) or 1.6 * shard * len(shards)
     text = max(0, min(text, limit) - done)
     downloads = text / 1.6 if shard and config.keep_shards else shard
     needed, free = text / 2 + downloads, free_bytes(folder)  # 2 bytes per token of 4 characters
     if needed > free:
-        raise UserError(
-            f"{folder} will need about {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free; "
-            f"make room or choose a smaller --size than {config.size}"
-        )
+        room = f"{needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free"
+        raise UserError(f"{folder} will need about {room}; make room or choose a smaller --size")
 
 
 if __name__ == "__main__":

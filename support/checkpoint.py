@@ -25,7 +25,7 @@ import torch
 from configurator import UserError, one_line
 from model import GPT, GPTConfig
 from support import nanogpt
-from support.files import atomic_write, free_bytes
+from support.files import atomic_write
 
 FORMAT = 1
 KINDS = {  # what a file must have, and of which kind
@@ -56,18 +56,8 @@ def save_checkpoint(path: Path, model: GPT, **state) -> None:
         "model": model.state_dict(),
         **state,
     }
-    try:
-        with atomic_write(path) as file:
-            torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError; its context is the reason of the system.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        raise UserError(
-            f"{path}: can not write {tensor_bytes(checkpoint):,} bytes ({reason.strerror}; "
-            f"{free_bytes(path.parent):,} bytes are free); the earlier file is unchanged"
-        ) from error
+    with atomic_write(path, tensor_bytes(checkpoint)) as file:
+        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path: Path) -> tuple[GPT, dict]:

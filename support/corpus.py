@@ -1,8 +1,7 @@
-"""From text files to token files: read documents, clean them, and write train.bin and val.bin.
+"""From text files to token files: read documents, clean them, write train.bin and val.bin.
 
-`read_documents` reads parquet, jsonl and txt files. `Writer` appends documents to files called
-NAME.part. progress.json says how many bytes of each file count, so the work can be interrupted at
-any moment: the next run cuts off what was written after the last complete shard and continues.
+`Writer` appends to files called NAME.part. progress.json says how many bytes of each file count.
+So the work can be interrupted: the next run cuts off the bytes after the last complete shard.
 """
 
 import errno
@@ -50,8 +49,7 @@ def read_documents(path: Path, column: str) -> Iterator[bytes]:
             jsonl = ".jsonl" in path.suffixes
             yield from read_jsonl(path, lines, column) if jsonl else read_txt(lines)
     except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeError) as error:
-        reason = one_line(error)[:150]
-        raise UserError(f"{path}: could not read it ({reason}); is it complete?") from error
+        raise UserError(f"{path}: not readable ({one_line(error)[:99]}); is it whole?") from error
 
 
 def read_parquet(path: Path, column: str) -> Iterator[bytes]:
@@ -59,9 +57,7 @@ def read_parquet(path: Path, column: str) -> Iterator[bytes]:
     kinds = [field.type for field in file.schema_arrow if field.name == column]
     if len(kinds) != 1 or not (pa.types.is_string(kinds[0]) or pa.types.is_large_string(kinds[0])):
         columns = ", ".join(f"{field.name} ({field.type})" for field in file.schema_arrow)
-        raise UserError(
-            f"{path}: not exactly one text column {column!r} among {columns[:200]}; use --column"
-        )
+        raise UserError(f"{path}: --column={column} is not one text column among {columns[:200]}")
     for batch in file.iter_batches(batch_size=128, columns=[column]):
         yield from batch.column(0).cast(pa.large_binary()).drop_null().to_pylist()
 
@@ -73,9 +69,8 @@ def read_jsonl(path: Path, lines: Iterable[str], column: str) -> Iterator[bytes]
         try:
             yield json.loads(line)[column].encode("utf-8", "surrogatepass")
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            raise UserError(
-                f"{path}: line {number} is not JSON with a text {column!r}; use --column"
-            ) from None
+            where = f"{path}: line {number}"
+            raise UserError(f"{where} is not JSON with a text {column!r}; use --column") from None
 
 
 def read_txt(lines: io.TextIOWrapper) -> Iterator[bytes]:
@@ -108,10 +103,7 @@ def clean(document: bytes, counts: Counter) -> str:
 
 
 def hash_document(text: bytes, val_fraction: float) -> tuple[int, bool]:
-    """Return 64 bits of BLAKE2, and whether the document is for validation.
-
-    The hash alone decides, so a document of val.bin is in no larger data set's train.bin.
-    """
+    """Return 64 bits of BLAKE2 and, decided by them alone, whether the text is for validation."""
     number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     return number, number < val_fraction * 2**64
 
@@ -134,7 +126,7 @@ class Progress:
             file.write(json.dumps(asdict(self), indent=2).encode())
 
 
-def load_progress(folder: Path, options: dict) -> Progress:
+def load_progress(folder: Path, options: dict, n_shards: int) -> Progress:
     """Return the progress of an interrupted run with the same options, or start anew."""
     path = folder / "progress.json"
     again = f"remove {path} to start again"
@@ -146,6 +138,7 @@ def load_progress(folder: Path, options: dict) -> Progress:
         numbers = [progress.shards, progress.text_bytes, progress.val_bytes]
         numbers += [*progress.lengths.values(), *progress.counts.values()]
         good = all(type(n) is int and 0 <= n < 1 << 60 for n in numbers)
+        good = good and progress.shards + (not progress.complete) <= n_shards
         if not (good and progress.lengths.keys() == set(PARTS) >= progress.sha256.keys()):
             raise ValueError("wrong values")
         change = difference(progress.options, options)
@@ -178,8 +171,7 @@ class Part:
         self.file.truncate()
         sha256 = self.hash.hexdigest()
         if left or progress.sha256.get(path.stem, sha256) != sha256 or self.file.tell() % 2:
-            again = f"remove {path.with_name('progress.json')} to start again"
-            raise UserError(f"{path} is not what progress.json describes; {again}")
+            raise UserError(f"{path} does not fit progress.json; remove the latter to start again")
 
     def write(self, content: bytes) -> None:
         self.file.write(content)
@@ -190,8 +182,7 @@ class Writer:
     """Appends shard after shard to an unfinished data set, up to `limit` bytes of text."""
 
     def __init__(self, folder: Path, progress: Progress, limit: float, n_threads: int) -> None:
-        self.folder, self.progress, self.limit = folder, progress, limit
-        self.n_threads = n_threads  # that tokenize
+        self.folder, self.progress, self.limit, self.n_threads = folder, progress, limit, n_threads
         self.counts = Counter(progress.counts)
         self.parts = {name: Part(folder / f"{name}.part", progress) for name in PARTS}
         # A sorted array takes 8 bytes per document, a set 90; the set is for this shard's only.
@@ -207,7 +198,7 @@ class Writer:
             name, ids = waiting.popleft()
             self.parts[name].write(ids.result().astype(TOKEN).tobytes())
 
-        bar = tqdm(unit="B", unit_scale=True, desc=path.name, leave=False, disable=None)
+        bar = tqdm(total=self.limit, initial=before, unit="B", unit_scale=True, disable=None)
         with bar, ThreadPoolExecutor(self.n_threads) as pool:  # tiktoken releases Python's lock
             for document in read_documents(path, progress.options["column"]):
                 self.counts["read"] += 1
@@ -216,14 +207,14 @@ class Writer:
                     waiting.append((name, pool.submit(tokenizer.encode_document, text)))
                 while waiting and (len(waiting) > 100 or len(text) > HUGE):
                     write_first()
-                bar.update(progress.text_bytes - before - bar.n)
+                bar.update(progress.text_bytes - bar.n)
                 if progress.text_bytes >= self.limit:
                     break
             while waiting:
                 write_first()
         self.save(last or progress.text_bytes >= self.limit)
-        seconds, added = time.perf_counter() - started, (progress.text_bytes - before) / 1e6
-        print(f"{path.name}: {added:,.1f} MB of text in {seconds:.1f} s")
+        seconds, mb = time.perf_counter() - started, (progress.text_bytes - before) / 1e6
+        print(f"{path.name}: {mb:,.1f} MB of text in {seconds:.1f} s, {mb / seconds:.1f} MB/s")
 
     def choose_file(self, text: str) -> str:
         """Return "train.bin", "val.bin", or "" for a document that is dropped; count it."""
@@ -252,10 +243,8 @@ class Writer:
             progress.lengths[name], progress.sha256[name] = part.file.tell(), part.hash.hexdigest()
         if complete and not all(progress.lengths.values()):
             (self.folder / "progress.json").unlink()
-            raise UserError(
-                "too few documents were kept to have some for training and some for validation; "
-                "give more text, lower --min_chars or raise --val_fraction"
-            )
+            remedy = "give more text, lower --min_chars or raise --val_fraction"
+            raise UserError(f"too few documents for both training and validation; {remedy}")
         progress.shards, progress.complete = progress.shards + 1, complete
         progress.counts = dict(self.counts)
         progress.save(self.folder)

@@ -14,22 +14,34 @@ from configurator import UserError
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator:
+def atomic_write(path: Path, size: int = 0) -> Iterator:
     """Yield a binary file that appears at `path` complete and on the disk, or not at all.
 
-    The content goes to a temporary file in the same folder, which then replaces `path`.
+    The content goes to a temporary file in the same folder, which then replaces `path`. Raises
+    UserError if the disk does not take it; `size`, if known, tells the user how many bytes it has.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+        temporary = Path(name)
         with open(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError; its context is the reason of the system.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(
+            f"{path}: can not be written ({reason.strerror}){f'; it has {size:,} bytes' * (size > 0)}"
+            f"; {free_bytes(path.parent):,} bytes are free; an earlier file is unchanged"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from configurator import UserError, one_line
 from model import GPT, GPTConfig
 from support.checkpoint import build_model, load_checkpoint
 from support.download import NotFound, download, hub_url
-from support.files import atomic_write, free_bytes
+from support.files import atomic_write
 from support.tokenizer import END_OF_TEXT, SPLIT_PATTERN, BPETokenizer, CharTokenizer, from_dict
 
 # OpenAI's four models: commits of the repositories openai-community/<name>.
@@ -262,14 +262,8 @@ def write_folder(folder: Path, model: GPT, tokenizer: BPETokenizer | CharTokeniz
     for name, content in contents.items():
         if isinstance(content, dict):
             content = json.dumps(content, indent=2, ensure_ascii=False).encode()
-        try:
-            with atomic_write(folder / name) as file:
-                file.write(content)
-        except OSError as error:
-            raise UserError(
-                f"{folder / name}: can not write {len(content):,} bytes ({error.strerror}; "
-                f"{free_bytes(folder):,} bytes are free)"
-            ) from error
+        with atomic_write(folder / name, len(content)) as file:
+            file.write(content)
 
 
 def their_weights(model: GPT) -> dict[str, Tensor]:

@@ -202,12 +202,15 @@ def set_aside(out_dir: Path) -> Path:
 def describe(trainer) -> str:
     """Return a run in three lines."""
     c, epochs = trainer.config, trainer.config.max_iters / trainer.steps_per_epoch
+    dtype = dtype_name(trainer.dtype)
+    if trainer.device.type == "cuda" and dtype == "float32" and c.dtype == "auto":
+        dtype = "float32 (this GPU has no bfloat16; --dtype=float16 is faster)"
     return (
         f"{trainer.model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, "
         f"{c.n_embd} wide, context {c.block_size}, vocabulary {trainer.tokenizer.vocab_size:,}\n"
         f"{trainer.tokens_per_step:,} tokens per step, {trainer.steps_per_epoch:,.1f} steps per "
         f"epoch, {c.max_iters:,} steps = {epochs:.1f} epochs of data/{c.dataset}\n"
-        f"{trainer.device} x {trainer.processes.count}, {dtype_name(trainer.dtype)}, {c.optimizer}"
+        f"{trainer.device} x {trainer.processes.count}, {dtype}, {c.optimizer}"
     )
 
 

@@ -69,6 +69,10 @@ def draw_losses(name: str, records: list[dict]) -> "Figure":
         end = (x[-1], evaluations[-1]["val_loss"])
         style = dict(xytext=(0, 8), textcoords="offset points", ha="center")
         axes.annotate(f"{end[1]:.3f}", end, **style)
+    if records and records[-1]["epoch"] > 2:  # most is learned in the first epoch: show it wide
+        ticks = [t for t in (0, 0.5, 1, 2, 5, 10, 20, 50, 100) if t <= records[-1]["epoch"] + 0.1]
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     title = f"{name}: training and validation loss"
     axes.set(xlabel="epoch", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)

@@ -8,7 +8,6 @@ leave the run's folder as it was, and need no more memory than the run itself.
 
 import math
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,9 +20,8 @@ from support.checkpoint import load_checkpoint, tensor_bytes
 from support.files import free_bytes
 from support.start import OWN
 
-# Number of GPUs, and the bfloat16 peak of one without sparsity, from NVIDIA's data sheets.
-GPUS = {"one A100": (1, 312e12), "one H100": (1, 989e12), "eight H100s": (8, 989e12)}
-UTILIZATION = 0.4  # the share of the peak that a good trainer reaches
+# bfloat16 peaks (NVIDIA's data sheets, without sparsity). A good trainer reaches 40% of them.
+GPUS = {"A100": 312e12, "H100": 989e12}
 
 
 def begin(config):
@@ -61,14 +59,11 @@ def first_tokens(trainer, rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def initial_loss(trainer) -> tuple[bool, str]:
-    """A new model guesses evenly, which costs ln(V). A pretrained model does better.
-
-    A new model's logits are not quite equal: half their variance, n_embd * 0.02^2, is added.
-    """
+    """A new model guesses evenly: ln(V), and half the variance of the logits, n_embd * 0.02^2."""
     config, loss = trainer.model.config, trainer.model(*first_tokens(trainer, 16, 128))[1].item()
     even, spread = math.log(config.vocab_size), config.n_embd * 0.02**2 / 2
-    is_new = trainer.config.init_from == "scratch"
-    ok = abs(loss / (even + spread) - 1) < 0.02 if is_new else loss < even
+    pretrained = trainer.config.init_from != "scratch"  # such a model does better
+    ok = loss < even if pretrained else abs(loss / (even + spread) - 1) < 0.02
     return ok, f"{loss:.4f}; a new model has ln({config.vocab_size}) = {even:.4f} + {spread:.2f}"
 
 
@@ -85,21 +80,17 @@ def gradients(trainer) -> tuple[bool, str]:
     grads = {name: p.grad for name, p in trainer.model.named_parameters()}
     bad = [n for n, g in grads.items() if g is None or not (g.any() and g.isfinite().all())]
     trainer.model.zero_grad(set_to_none=True)
-    return not bad, f"{len(grads) - len(bad)} of {len(grads)} parameters have one" + (
-        f"; not {', '.join(bad[:3])}" + ", ..." * (len(bad) > 3) if bad else ""
-    )
+    without = f", but not {', '.join(bad[:3])}" if bad else ""
+    return not bad, f"{len(grads) - len(bad)} of {len(grads)} parameters have one{without}"
 
 
 @torch.no_grad()
 def future_by_perturbation(trainer) -> tuple[bool, str]:
     """Changing a token must not change the logits of earlier tokens."""
     x, _ = first_tokens(trainer, 1, 64)
-    T, before, leaks = x.size(1), trainer.model(x)[0], []
-    for t in {1, T // 2, T - 1}:
-        changed = x.clone()
-        changed[0, t:] = (x[0, t:] + 1) % trainer.model.config.vocab_size
-        leaks.append((trainer.model(changed)[0][0, :t] - before[0, :t]).abs().max())
-    leak = torch.stack(leaks).max().item()  # a NaN in the list stays a NaN
+    t, changed = x.size(1) // 2, x.clone()
+    changed[0, t:] = (x[0, t:] + 1) % trainer.model.config.vocab_size
+    leak = (trainer.model(changed)[0][0, :t] - trainer.model(x)[0][0, :t]).abs().max().item()
     return leak < 1e-5, f"logits move by {leak:.1g} when later tokens change"
 
 
@@ -134,7 +125,7 @@ def overfit(trainer) -> tuple[bool, str]:
     # The copy is in the CPU's memory, so that a GPU needs no more than for a training step.
     before = {name: p.to("cpu", copy=True) for name, p in model.state_dict().items()}
     lr = min(3e-3, 0.3 / model.config.n_embd)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
     n_updates, loss = 0, model(x, y)[1]
     while loss.item() >= 0.1 and n_updates < 200:
         loss.backward()
@@ -175,10 +166,10 @@ def text(trainer) -> tuple[bool, str]:
     steps = (0, max(0, trainer.config.max_iters - 1))
     batches = [trainer.micro_batch(step, micro=0)[0][0].tolist() for step in steps]
     first, last = map(trainer.tokenizer.decode, batches)
-    # "\ufffd" stands for bytes that could not be decoded.
-    good = [c for c in first + last if c != "\ufffd" and (c.isprintable() or c.isspace())]
-    ok = len(good) >= 0.9 * len(first + last)
-    return ok, f"the first batch begins {first[:30]!r}, the last one {last[:30]!r}"
+    good = [c for c in first + last if c.isprintable() and c != "\ufffd" or c.isspace()]
+    return len(good) >= 0.9 * len(first + last), (
+        f"the first batch begins {first[:30]!r}, the last one {last[:30]!r}"
+    )
 
 
 def checkpoint(trainer) -> tuple[bool, str]:
@@ -191,13 +182,10 @@ def checkpoint(trainer) -> tuple[bool, str]:
         path.unlink(missing_ok=True)
     weights = trainer.model.state_dict()
     equal = all(torch.equal(p.cpu(), loaded[name]) for name, p in weights.items())
-    # ckpt.pt has weights and two moments; best.pt has weights. An old file stays until the new
-    # one is complete.
+    # ckpt.pt is three times the weights and best.pt once; old files stay until new ones are whole.
     needed, free = 8 * tensor_bytes(weights), free_bytes(trainer.out_dir)
-    return equal and needed < free, (
-        f"written and read back {'equal' if equal else 'DIFFERENT'}; the run needs "
-        f"{needed / 1e9:,.2f} GB of disk, and {free / 1e9:,.2f} GB are free"
-    )
+    disk = f"the run needs {needed / 1e9:,.2f} GB of {free / 1e9:,.2f} GB free"
+    return equal and needed < free, f"read back {'equal' if equal else 'DIFFERENT'}; {disk}"
 
 
 @torch.no_grad()
@@ -234,30 +222,54 @@ def bill(trainer) -> str:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    def step(n_passes: int) -> None:
-        batches = [trainer.micro_batch(0, micro) for micro in range(n_passes)]
+    def step(n: int) -> None:
+        batches = [trainer.micro_batch(0, micro) for micro in range(n)]
         trainer.read(trainer.train_step(0, lr=0.0, batches=batches))
 
-    once = runtime.median_seconds(lambda: step(1), device, at_most=20)
-    n_passes, step_seconds = len(trainer.micros), once
-    if n_passes > 1:  # all passes after the first take equally long
-        twice = runtime.median_seconds(lambda: step(2), device, at_most=20)
-        step_seconds += (n_passes - 1) * (twice - once)
-    speed, tokens = trainer.tokens_per_step / step_seconds, c.max_iters * trainer.tokens_per_step
+    n_passes, once = len(trainer.micros), runtime.median_seconds(lambda: step(1), device)
+    more = runtime.median_seconds(lambda: step(2), device) - once if n_passes > 1 else 0
+    seconds = once + (n_passes - 1) * more  # of a step
+    speed, tokens = trainer.tokens_per_step / seconds, c.max_iters * trainer.tokens_per_step
     flops, n_params = trainer.model.flops_per_token(c.block_size), trainer.model.num_params()
-    hours = {"measured, without evaluations: this machine": c.max_iters * step_seconds / 3600}
-    hours |= {f"estimate, not measured: {k}": v / 3600 for k, v in estimate(flops * tokens).items()}
     lines = [
         f"{n_params:,} parameters; {tokens:,} tokens in {c.max_iters:,} steps of "
         f"{trainer.tokens_per_step:,}: {c.max_iters / trainer.steps_per_epoch:.2f} epochs, "
         f"{tokens / n_params:.1f} tokens per parameter",
-        f"{step_seconds:.3f} s per step, {speed:,.0f} tokens/s, {flops * speed / 1e9:,.0f} GFLOPS, "
+        f"{seconds:.3f} s per step, {speed:,.0f} tokens/s, {flops * speed / 1e9:,.0f} GFLOPS, "
         f"peak memory {runtime.peak_memory(device) / 1e9:,.2f} GB; {compiled}",
-        f"{flops / 1e6:,.1f} million operations per token, {flops * tokens:.3g} in the whole run:",
+        f"{flops / 1e6:,.1f} million operations per token, {flops * tokens:.3g} in the whole run",
     ]
-    for name, time_ in hours.items():
-        price = time_ * c.dollars_per_hour * (8 if "eight" in name else 1)
-        money = f", ${price:,.2f}" if c.dollars_per_hour else ""
-        lines.append(f"    {name} {cost(time_)}{money}")
-    lines.append("    (the estimates are at 40% of the GPU's bfloat16 peak; prices are per GPU)")
+    rows = [("measured, without evaluations: this machine", 1, flops * speed)]
+    for n, name in ((1, "A100"), (1, "H100"), (8, "H100")):
+        rows.append((f"estimate, not measured: {n} x {name}", n, 0.4 * GPUS[name]))
+    for name, count, flops_per_second in rows:
+        hours = flops * tokens / (count * flops_per_second) / 3600
+        money = f", ${hours * count * c.dollars_per_hour:,.2f}" if c.dollars_per_hour else ""
+        lines.append(f"{name}: {hours:,.2f} hours{money}")
     return "\n".join(lines + [f"warning: {w}" for w in warnings(trainer, compiled, once)])
+
+
+def warnings(trainer, compiled: str, pass_seconds: float) -> list[str]:
+    """Return what slows the run down. One forward and backward pass takes `pass_seconds`."""
+    c, device, found = trainer.config, trainer.device, []
+    if trainer.dtype == torch.float32 != runtime.resolve_dtype("auto", device):
+        found.append("float32 is slower than this device's bfloat16; use --dtype=auto")
+    if compiled.startswith("not compiled") and c.max_iters >= 1000:
+        found.append(compiled)
+    share = runtime.median_seconds(lambda: trainer.micro_batch(1, 0), device) / pass_seconds
+    where = "in memory" if trainer.data.train.in_memory else "on the disk, too large for memory"
+    if share > 0.05:
+        found.append(f"batches take {share:.0%} of the time; train.bin is {where}")
+    if device.type == "cuda":
+        # Of a step's peak, only what is beyond weights and moments grows with the batch.
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        fixed, factor = torch.cuda.memory_allocated(device), 1
+        room = (0.9 * free - fixed) / max(1, runtime.peak_memory(device) - fixed)
+        while c.gradient_accumulation_steps % (2 * factor) == 0 and 2 * factor <= room:
+            factor *= 2
+        if factor > 1:
+            found.append(
+                f"the GPU has room for batch_size={factor * c.batch_size}; the same run with "
+                f"gradient_accumulation_steps={c.gradient_accumulation_steps // factor} is faster"
+            )
+    return found

@@ -1,12 +1,15 @@
-"""Web text to token files: the same bytes as a plain loop gives, whatever happens on the way."""
+"""Web text to token files: the same bytes as from a plain loop, whatever happens on the way."""
 
 import gzip
 import io
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -15,16 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import prepare_openweb as prepare
 from configurator import UserError
-from support import tokenizer
+from support import corpus, tokenizer
+from support.files import lock_folder
 
 FILES = ("train.bin", "val.bin", "meta.json")
 
 
 def make_documents(n: int, seed: int = 0) -> list[str]:
-    """Texts of 20 to 3,000 made-up words; some short, some twice, some with what has to be cleaned."""
+    """Return texts of made-up words; some are short, some repeated, some need to be cleaned."""
     random.seed(seed)
     words = [
         "".join(random.choices("abcdefgh\u00e9\u4f60", k=random.randint(2, 8))) for _ in range(300)
@@ -46,7 +52,7 @@ def parquet(documents: list[str | None], column: str = "text") -> bytes:
 
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
-    """The server has a small source of 6 shards; the working directory is empty. Gives its documents."""
+    """Return the documents of a small source of 6 shards on the test server."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setitem(
@@ -75,7 +81,7 @@ def contents(folder: Path) -> list[bytes]:
 def naive(
     documents: list[str], encoding, fraction: float, min_chars: int = 200
 ) -> tuple[list, list, int]:
-    """What the program does, document by document, as one would write it without thinking of speed."""
+    """Return train ids, val ids and bytes of val text, computed in the simplest way."""
     import hashlib
 
     seen, train, val, val_bytes = set(), [], [], 0
@@ -93,7 +99,7 @@ def naive(
     return train, val, val_bytes
 
 
-def test_bins_equal_those_of_a_plain_loop(hub, server):
+def test_the_token_files_equal_those_of_a_plain_loop(hub, server):
     folder = run()
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     train, val, val_bytes = naive(hub, tokenizer.from_dict(meta["tokenizer"]).encoding, 0.1)
@@ -106,16 +112,15 @@ def test_bins_equal_those_of_a_plain_loop(hub, server):
     )
     assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
     assert not list(Path("data/cache").rglob("*.parquet"))
-    told = meta["source"]["documents"]
-    assert told["read"] == 600 and told["dropped: shorter than min_chars"] >= 1
-    assert (
-        told["dropped: the same as an earlier one"] == 2
-    )  # one in the same shard, one in a later one
-    assert told["mended: control characters"] == told["mended: not in Unicode's form NFC"] == 1
-    assert sum(told[k] for k in told if k.startswith(("kept", "dropped"))) == 600
+    counts = meta["source"]["documents"]
+    assert counts["read"] == 600 and counts["dropped: shorter than min_chars"] >= 1
+    # One copy is in the same shard, one in a later shard.
+    assert counts["dropped: the same as an earlier one"] == 2
+    assert counts["mended: control characters"] == counts["mended: not in Unicode's form NFC"] == 1
+    assert sum(n for name, n in counts.items() if name.startswith(("kept", "dropped"))) == 600
 
 
-def test_the_tokenizer_is_the_one_that_rustbpe_trains_on_the_sample(hub, monkeypatch):
+def test_the_tokenizer_is_trained_by_rustbpe_on_the_first_documents(hub, monkeypatch):
     import rustbpe
 
     monkeypatch.setattr(prepare, "SAMPLE_BYTES", 50_000)
@@ -136,7 +141,7 @@ def test_the_tokenizer_is_the_one_that_rustbpe_trains_on_the_sample(hub, monkeyp
     ]
 
 
-def test_size_ends_the_data_set_and_no_more_is_downloaded(hub, server, monkeypatch):
+def test_nothing_is_downloaded_beyond_the_size(hub, server, monkeypatch):
     monkeypatch.setattr(prepare, "SAMPLE_BYTES", 50_000)
     folder = run(size="150KB")
     source = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["source"]
@@ -145,22 +150,22 @@ def test_size_ends_the_data_set_and_no_more_is_downloaded(hub, server, monkeypat
     assert len(asked) < 6
 
 
-def test_no_more_than_one_shard_is_on_the_disk(hub, monkeypatch):
+def test_only_one_shard_at_a_time_is_on_the_disk(hub, monkeypatch):
     monkeypatch.setattr(prepare, "SAMPLE_BYTES", 50_000)
-    seen, add_shard = [], prepare.add_shard
+    n_files, add_shard = [], corpus.Writer.add_shard
 
-    def look(*args):
-        seen.append(len(list(Path("data/cache").rglob("*.parquet*"))))
-        add_shard(*args)
+    def count_files(*args, **options):
+        n_files.append(len(list(Path("data/cache").rglob("*.parquet*"))))
+        add_shard(*args, **options)
 
-    monkeypatch.setattr(prepare, "add_shard", look)
+    monkeypatch.setattr(corpus.Writer, "add_shard", count_files)
     run()
-    assert seen == [1] * 6
+    assert n_files == [1] * 6
 
 
-def test_what_is_in_validation_does_not_depend_on_size(hub):
-    tok = run(dataset="first") / "meta.json"
-    small, large = (run(size=s, dataset=s, tokenizer=str(tok)) for s in ("150KB", "all"))
+def test_the_size_does_not_change_which_documents_are_for_validation(hub):
+    first = run(dataset="first") / "meta.json"
+    small, large = (run(size=s, dataset=s, tokenizer=str(first)) for s in ("150KB", "all"))
     for name in ("train.bin", "val.bin"):
         few, many = (folder / name for folder in (small, large))
         assert (
@@ -169,21 +174,21 @@ def test_what_is_in_validation_does_not_depend_on_size(hub):
         )
 
 
-def test_a_data_set_that_is_there_is_not_made_again(hub, server, capsys):
+def test_a_complete_data_set_is_not_prepared_again(hub, server, capsys):
     before = contents(run())
     server.requests.clear()
     assert contents(run()) == before and not server.requests
-    assert "there already" in capsys.readouterr().out
+    assert "is there already" in capsys.readouterr().out
 
 
-def test_shards_are_kept_when_asked_for(hub, server):
+def test_keep_shards_keeps_the_downloads(hub, server):
     first = contents(run(keep_shards=True))
     server.requests.clear()
     assert contents(run(keep_shards=True, dataset="again")) == first
     assert [path for path, _ in server.requests] == []
 
 
-def test_a_server_with_faults_makes_no_difference(hub, server):
+def test_faults_of_the_server_do_not_change_the_result(hub, server):
     expected = contents(run())
     server.headers = {}
     server.faults = ["cut", 500, "cut", "ignore", "long", "shift", 503, "silent"]
@@ -193,7 +198,7 @@ def test_a_server_with_faults_makes_no_difference(hub, server):
 @pytest.mark.parametrize(
     "suffix", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst"]
 )
-def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch, suffix):
+def test_every_file_format_gives_the_same_documents(tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)
     documents = [f"{d}\n" for d in make_documents(200) if "<|" not in d]
     as_text = {
@@ -210,23 +215,13 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch, suff
     (Path("texts") / f"some{suffix}").write_bytes(content)
     Path("texts/notes.md").write_text("not a text to train on")
     folder = run(input="texts", dataset="mine")
-    tok = tokenizer.from_dict(
-        json.loads((folder / "meta.json").read_text(encoding="utf-8"))["tokenizer"]
-    )
-    train, val, _ = naive(documents, tok.encoding, 0.1)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    train, val, _ = naive(documents, tokenizer.from_dict(meta["tokenizer"]).encoding, 0.1)
     assert np.fromfile(folder / "train.bin", "<u2").tolist() == train
     assert np.fromfile(folder / "val.bin", "<u2").tolist() == val
 
 
-def test_a_long_text_file_is_cut_at_ends_of_lines(tmp_path):
-    lines = [f"line {i} of a long book\n" for i in range(20_000)]
-    (tmp_path / "book.txt").write_text("".join(lines), encoding="utf-8")
-    documents = [d.decode() for d in prepare.read_documents(tmp_path / "book.txt", "text")]
-    assert "".join(documents) == "".join(lines) and len(documents) > 4
-    assert all(d.endswith("\n") and len(d) < 100_100 for d in documents if d)
-
-
-def test_bytes_that_are_no_utf8_are_mended_and_counted(tmp_path, monkeypatch):
+def test_bytes_that_are_not_utf8_are_replaced_and_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts = [f"number {i} " * 40 + "\n" for i in range(60)]
     Path("a.txt").write_bytes(
@@ -235,24 +230,23 @@ def test_bytes_that_are_no_utf8_are_mended_and_counted(tmp_path, monkeypatch):
     folder = run(input="a.txt", dataset="mine", tokenizer="bpe")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     assert meta["source"]["documents"]["mended: bytes that were no UTF-8"] == 1
-    tok = tokenizer.from_dict(meta["tokenizer"])
-    text = tok.decode(
-        np.concatenate([np.fromfile(folder / n, "<u2") for n in ("train.bin", "val.bin")]).tolist()
-    )
-    assert "bad \ufffd byte" in text
+    ids = np.concatenate([np.fromfile(folder / n, "<u2") for n in ("train.bin", "val.bin")])
+    assert "bad \ufffd byte" in tokenizer.from_dict(meta["tokenizer"]).decode(ids.tolist())
 
 
 COMMAND = """
 import sys
 sys.path.insert(0, {root!r})
-import prepare_openweb
-prepare_openweb.SOURCES["openwebtext"] = ("datasets/some/text/resolve/1", "train-{{:02}}.parquet", 6)
-prepare_openweb.main(prepare_openweb.PrepareConfig(vocab_size=400, size="all", val_fraction=0.1, dataset="killed"))
+import configurator, prepare_openweb
+source = ("datasets/some/text/resolve/1", "train-{{:02}}.parquet", 6)
+prepare_openweb.SOURCES["openwebtext"] = source
+config = prepare_openweb.PrepareConfig(vocab_size=400, size="all", val_fraction=0.1, dataset="killed")
+configurator.run(prepare_openweb.main, config)
 """
 
 
 @pytest.mark.slow
-def test_killed_at_20_random_moments_it_ends_with_the_same_bytes(hub, server):
+def test_the_result_is_the_same_after_20_kills_at_random_moments(hub, server):
     expected = contents(run())
     random.seed(0)
     command = [sys.executable, "-c", COMMAND.format(root=str(ROOT))]
@@ -277,46 +271,53 @@ def test_killed_at_20_random_moments_it_ends_with_the_same_bytes(hub, server):
     assert {".part", ".json"} <= found
 
 
-@pytest.mark.parametrize("after", ["tokenizer", "shard_done", "files", "meta"])
-def test_interrupted_at_each_step_it_goes_on(hub, monkeypatch, after):
-    """As the kills above, but at the places that matter, each for certain."""
+class Interrupted(BaseException):
+    pass
+
+
+def interrupt(*_args, **_options):
+    raise Interrupted
+
+
+def run_until(monkeypatch, function: str, call: int = 1, **options) -> None:
+    """Run, and interrupt the given call of a method of corpus.Writer."""
+    original, calls = getattr(corpus.Writer, function), []
+
+    def count_and_call(*args, **kwargs):
+        calls.append(1)
+        return (interrupt if len(calls) == call else original)(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(corpus.Writer, function, count_and_call)
+        run(**options)
+
+
+@pytest.mark.parametrize("at", ["the first shard", "third save", "the new names", "the end"])
+def test_an_interrupted_run_continues(hub, monkeypatch, at):
+    """As with the kills above, but at the places that matter, each for certain."""
     expected = contents(run(dataset="whole"))
-
-    class Interrupted(BaseException):
-        pass
-
-    def interrupt(*_args, **_options):
-        raise Interrupted
-
-    with monkeypatch.context() as patch:
-        if after == "tokenizer":
-            patch.setattr(prepare, "add_shards", interrupt)
-        elif after == "shard_done":
-            sort, calls = prepare.Unfinished.sort_seen, []
-            patch.setattr(
-                prepare.Unfinished,
-                "sort_seen",
-                lambda w: calls.append(1) or (interrupt() if len(calls) == 3 else sort(w)),
-            )
-        elif after == "files":
-            patch.setattr(prepare, "write_meta", interrupt)
-        else:
-            patch.setattr(
-                prepare.Path,
-                "unlink",
-                lambda path, **_: interrupt() if path.name == "progress.json" else None,
-            )
-        with pytest.raises(Interrupted):
+    if at == "the first shard":
+        run_until(monkeypatch, "add_shard", dataset="again")
+    elif at == "third save":
+        run_until(monkeypatch, "save", call=3, dataset="again")
+    else:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            if at == "the new names":
+                patch.setattr(corpus, "write_meta", interrupt)
+            else:
+                patch.setattr(
+                    Path,
+                    "unlink",
+                    lambda path, **_: interrupt() if path.name == "progress.json" else None,
+                )
             run(dataset="again")
     assert contents(run(dataset="again")) == expected
     assert sorted(p.name for p in Path("data/again").iterdir()) == sorted(FILES)
 
 
-def test_other_options_do_not_go_on_with_what_was_begun(hub, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare, "add_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run()
-    with pytest.raises(UserError, match="begun with size=all and not 1MB"):
+def test_an_interrupted_run_refuses_other_options(hub, monkeypatch):
+    run_until(monkeypatch, "add_shard")
+    with pytest.raises(UserError, match="begun with size=all instead of 1MB"):
         run(size="1MB")
     assert Path("data/openweb/progress.json").exists()
 
@@ -324,25 +325,33 @@ def test_other_options_do_not_go_on_with_what_was_begun(hub, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"input": "none.txt"}, "none.txt: no such file"),
-        ({"input": "a.csv"}, "unknown kind of file; it must end with .parquet"),
-        ({"input": "empty_folder"}, "no file in this folder ends with"),
-        ({"input": "empty.parquet"}, "can not be read as parquet"),
+        ({"input": "none.txt"}, "none.txt: no such file or folder"),
+        ({"input": "a.csv"}, "no such file that ends with .parquet"),
+        ({"input": "empty_folder"}, "no such file that ends with"),
+        ({"input": "empty.parquet"}, "empty.parquet: not readable"),
         ({"input": "empty.txt"}, "too few"),
         ({"input": "empty.jsonl"}, "too few"),
-        ({"input": "broken.txt.gz"}, "can not be unpacked"),
-        ({"input": "bad.jsonl"}, "line 2 is no JSON"),
-        ({"input": "good.jsonl", "column": "body"}, "line 1 has no text named 'body'"),
-        ({"input": "good.parquet", "column": "body"}, "no column 'body'; choose among id, text"),
-        ({"input": "good.parquet", "column": "id"}, "column 'id' has no text but int64"),
+        ({"input": "broken.txt.gz"}, "broken.txt.gz: not readable"),
+        ({"input": "bad.jsonl"}, "line 2 is not JSON with a text 'text'"),
+        ({"input": "good.jsonl", "column": "body"}, "line 1 is not JSON with a text 'body'"),
+        (
+            {"input": "good.parquet", "column": "body"},
+            "--column=body is not one text column among id .int64., text .string.",
+        ),
+        (
+            {"input": "good.parquet", "column": "id"},
+            "--column=id is not one text column among id .int64.",
+        ),
+        ({"input": "twice.parquet"}, "--column=text is not one text column among text"),
+        ({"input": "good.parquet", "tokenizer": "slow.json"}, "Max limit for backtracking"),
         ({"input": "good.parquet", "val_fraction": 1e-9}, "raise --val_fraction"),
         ({"input": "good.parquet", "min_chars": 10**6}, "lower --min_chars"),
         ({"input": "good.parquet", "tokenizer": "none.json"}, "none.json: no such file"),
-        ({"input": "good.parquet", "tokenizer": "data/tiny/meta.json"}, "one of characters"),
+        ({"input": "good.parquet", "tokenizer": "data/tiny/meta.json"}, "not BPE"),
     ],
     ids=str,
 )
-def test_a_bad_input_gets_one_line(dataset, options, words):
+def test_a_mistake_in_the_input_ends_in_one_line(dataset, options, words):
     documents = make_documents(100)
     Path("empty_folder").mkdir()
     for name in ("a.csv", "empty.parquet", "empty.txt", "empty.jsonl"):
@@ -351,6 +360,12 @@ def test_a_bad_input_gets_one_line(dataset, options, words):
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text"\n', encoding="utf-8")
     Path("good.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     Path("good.parquet").write_bytes(parquet(documents))
+    two = pa.Table.from_arrays([pa.array(documents)] * 2, names=["text", "text"])
+    pq.write_table(two, "twice.parquet")
+    write_meta_with_pattern(Path("slow.json"), r"(?:a|aa|aaa)+(?=!)|[\s\S]")
+    Path("slow.parquet").write_bytes(parquet(["a" * 300 + str(n) for n in range(50)]))
+    if options.get("tokenizer") == "slow.json":
+        options["input"] = "slow.parquet"
     with pytest.raises(UserError, match=words) as error:
         run(dataset="mine", **options)
     assert "\n" not in str(error.value)
@@ -362,16 +377,16 @@ def test_a_bad_input_gets_one_line(dataset, options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"vocab_size": 65537}, "at most 65536"),
+        ({"vocab_size": 65537}, "at most 65,536"),
         ({"vocab_size": 256}, "at least 257"),
-        ({"size": "12 parsecs"}, "as 250MB or 12GB"),
-        ({"size": "0MB"}, "as 250MB or 12GB"),
-        ({"val_fraction": 1.0}, "between 0 and 1"),
+        ({"size": "12 parsecs"}, "a number with a unit, as 250MB"),
+        ({"size": "0MB"}, "a number with a unit, as 250MB"),
+        ({"val_fraction": 1.0}, "at most 0.999"),
         ({"num_threads": -1}, "num_threads=-1"),
     ],
     ids=str,
 )
-def test_an_option_out_of_range_gets_one_line(options, words):
+def test_an_option_out_of_range_ends_in_one_line(options, words):
     with pytest.raises(UserError, match=words):
         prepare.PrepareConfig(**options)
 
@@ -385,50 +400,79 @@ def test_sizes_are_decimal():
     ]
 
 
-def test_a_full_disk_is_noticed_before_the_start(hub, monkeypatch):
+def test_too_little_disk_space_is_noticed_at_the_start(hub, monkeypatch):
     monkeypatch.setattr(prepare, "free_bytes", lambda _: 1000)
     with pytest.raises(UserError, match=r"will need about .* GB, and 0.00 GB are free"):
         run(size="12GB")
 
 
-def test_a_disk_that_fills_up_on_the_way_costs_nothing(hub, monkeypatch):
+def test_a_disk_that_fills_up_loses_nothing(hub, monkeypatch):
     expected = contents(run(dataset="whole"))
-    done, shard_done = [], prepare.Unfinished.shard_done
+    calls, save = [], corpus.Writer.save
 
-    def full(work, complete):
-        done.append(1)
-        if len(done) == 3:
+    def fill_up(writer, complete):
+        calls.append(1)
+        if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        shard_done(work, complete)
+        save(writer, complete)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.Unfinished, "shard_done", full)
-        with pytest.raises(
-            UserError, match=r"No space left on device, with .* bytes free; what is done is kept"
-        ):
+        patch.setattr(corpus.Writer, "save", fill_up)
+        with pytest.raises(UserError, match=r"No space left on device.*the same command continues"):
             run(dataset="again")
     assert json.loads(Path("data/again/progress.json").read_text())["shards"] == 2
     assert contents(run(dataset="again")) == expected
 
 
-def test_without_a_network_one_line_says_so(hub, monkeypatch):
+FULL = """
+mount -t tmpfs -o {limit} none {folder} && cd {folder} && {python} {script} --input={input} \\
+    --vocab_size=400 --dataset=mine --val_fraction=0.1
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a small file system of its own")
+@pytest.mark.parametrize(
+    ("limit", "words"), [("size=200k", "make"), ("nr_inodes=7", "number of files")]
+)
+def test_a_full_disk_is_explained_by_what_is_full(tmp_path, limit, words):
+    (tmp_path / "a.parquet").write_bytes(parquet(make_documents(400)))
+    (tmp_path / "full").mkdir()
+    command = FULL.format(
+        limit=limit,
+        folder=tmp_path / "full",
+        python=sys.executable,
+        script=ROOT / "prepare_openweb.py",
+        input=tmp_path / "a.parquet",
+    )
+    isolated = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    probe = f"mount -t tmpfs none {tmp_path / 'full'}"
+    try:
+        subprocess.run([*isolated, probe], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine does not let us mount a small file system")
+    ended = subprocess.run([*isolated, command], capture_output=True, encoding="utf-8")
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert words in ended.stderr and len(ended.stderr.splitlines()) == 1
+
+
+def test_without_a_network_there_is_one_line(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="can not be downloaded"):
+    with pytest.raises(UserError, match=r"could not download .*Connection refused"):
         run()
 
 
 @pytest.mark.parametrize("size", [100, 10_000])
-def test_what_is_no_parquet_file_is_not_kept(hub, server, size):
+def test_a_download_that_is_not_parquet_is_deleted(hub, server, size):
     path = "/datasets/some/text/resolve/1/train-01.parquet"
     good, server.files[path] = server.files[path], b"<html>" * size
-    with pytest.raises(UserError, match="no parquet file"):
+    with pytest.raises(UserError, match="not a parquet file"):
         run()
     server.files[path] = good
     expected = contents(run())
     assert contents(run(dataset="again")) == expected
 
 
-def test_a_token_goes_to_the_hub(hub, server, monkeypatch):
+def test_hf_token_is_sent_to_the_hub(hub, server, monkeypatch):
     seen = []
     import requests
 
@@ -444,7 +488,7 @@ def test_a_token_goes_to_the_hub(hub, server, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
-    """The peak of Python's own memory is the same for four times the text."""
+    """The peak of Python's own memory is the same for four times as much text."""
     import tracemalloc
 
     monkeypatch.chdir(tmp_path)
@@ -457,3 +501,254 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0]
+
+
+def write_meta_with_pattern(path: Path, pattern: str) -> None:
+    """Write the meta.json of a data set whose tokenizer splits text by `pattern`."""
+    bpe = {"kind": "bpe", "pattern": pattern, "tokens": [chr(i) for i in range(256)]}
+    counts = dict.fromkeys(("vocab_size", "train_tokens", "val_tokens", "val_bytes"), 257)
+    sha256 = {"train.bin": "", "val.bin": ""}
+    meta = {"tokenizer": bpe, "source": {}, "sha256": sha256} | counts
+    path.write_text(json.dumps(meta), encoding="utf-8")
+
+
+def test_a_second_process_ends_in_one_line_and_does_no_harm(hub, server):
+    expected = contents(run())
+    server.requests.clear()
+    server.seconds_per_block = 0.3
+    command = [sys.executable, "-c", COMMAND.format(root=str(ROOT))]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not any(path.endswith("train-00.parquet") for path, _ in server.requests):
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert first.poll() is None, "the first process ended before the second began"
+    assert second.returncode == 1 and len(second.stderr.splitlines()) == 1
+    assert "data/killed: another process is at work there" in second.stderr.replace("\\", "/")
+    server.seconds_per_block = 0.0
+    assert first.wait() == 0 and contents(Path("data/killed")) == expected
+
+
+def test_two_data_sets_from_one_source_do_not_share_a_download(hub, server):
+    with lock_folder(Path("data/cache/openwebtext")), pytest.raises(UserError, match="cache"):
+        run()
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "truncated": lambda content: content[: len(content) // 2],
+    "a list": lambda content: b"[1, 2]",
+    "a key missing": lambda content: json.dumps(
+        dict(list(json.loads(content).items())[1:])
+    ).encode(),
+    "a wrong type": lambda content: json.dumps(dict.fromkeys(json.loads(content), "x")).encode(),
+    "nested": lambda content: b"[" * 100_000,
+}
+
+
+@pytest.fixture
+def half_done(tmp_path, monkeypatch) -> Path:
+    """Return the folder of a data set that was interrupted after 2 of 4 files."""
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    for n in range(4):
+        Path(f"texts/{n}.parquet").write_bytes(parquet(make_documents(60, seed=n)))
+    run_until(monkeypatch, "add_shard", call=3, input="texts", dataset="mine")
+    return Path("data/mine")
+
+
+@pytest.mark.parametrize("name", ["progress.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_names_the_file_and_the_remedy(half_done, name, damage):
+    path = half_done / name
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(UserError, match=f"{name}: damaged.*remove .*progress.json") as error:
+        run(input="texts", dataset="mine")
+    assert "\n" not in str(error.value)
+    (half_done / "progress.json").unlink()
+    run(input="texts", dataset="mine")
+
+
+def test_a_state_that_ends_before_the_last_shard_is_refused(half_done):
+    path = half_done / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shards": 4}))
+    with pytest.raises(UserError, match="damaged"):
+        run(input="texts", dataset="mine")
+
+
+@pytest.mark.parametrize("name", ["train.bin.part", "val.bin.part", "seen.part"])
+@pytest.mark.parametrize("complete", [False, True])
+def test_other_bytes_of_the_right_length_are_refused(half_done, monkeypatch, name, complete):
+    if complete:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(corpus, "finish", interrupt)
+            run(input="texts", dataset="mine")
+    path = half_done / name
+    path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
+    if complete and name == "seen.part":
+        return run(input="texts", dataset="mine") and None  # no longer needed
+    with pytest.raises(UserError, match=f"{name} does not fit progress.json; remove"):
+        run(input="texts", dataset="mine")
+
+
+def test_a_state_of_an_earlier_version_continues(half_done):
+    expected = contents(run(input="texts", dataset="whole"))
+    path = half_done / "progress.json"
+    state = json.loads(path.read_text())
+    del state["sha256"], state["options"]["inputs"]
+    path.write_text(json.dumps(state, indent=2))
+    assert contents(run(input="texts", dataset="mine"))[:2] == expected[:2]
+
+
+def test_changed_input_files_are_noticed(half_done, capsys):
+    Path("texts/1.parquet").write_bytes(parquet(make_documents(60, seed=9)))
+    with pytest.raises(UserError, match="begun with other input files, or they have changed"):
+        run(input="texts", dataset="mine")
+    (half_done / "progress.json").unlink()
+    before = contents(run(input="texts", dataset="mine"))
+    capsys.readouterr()
+    assert contents(run(input="texts", dataset="mine")) == before
+    assert "is there already" in capsys.readouterr().out
+    Path("texts/1.parquet").write_bytes(parquet(make_documents(60, seed=1)))
+    assert contents(run(input="texts", dataset="mine"))[0] != before[0]
+    assert "other input files, or they have changed" in capsys.readouterr().out
+
+
+def test_a_damaged_meta_json_is_replaced(half_done, capsys):
+    before = contents(run(input="texts", dataset="mine"))
+    (half_done / "meta.json").write_bytes(b"{")
+    assert contents(run(input="texts", dataset="mine")) == before
+    assert "damaged meta.json; preparing it again" in capsys.readouterr().out
+
+
+def test_the_training_of_the_tokenizer_is_announced(half_done, capsys):
+    run(input="texts", dataset="new")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "training a tokenizer of 400 tokens on 32 MB of text ..."
+
+
+MEMORY = """
+import sys
+sys.path.insert(0, {root!r})
+import prepare_openweb, psutil, threading, time
+base, peak, this = psutil.Process().memory_info().rss, 0, psutil.Process()
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, this.memory_info().rss)
+        time.sleep(0.005)
+
+threading.Thread(target=watch, daemon=True).start()
+prepare_openweb.main(prepare_openweb.PrepareConfig(
+    input="long.jsonl", vocab_size=300, val_fraction=0.3, dataset="mine", num_threads=1))
+print((peak - base) // 10**6)
+"""
+
+
+def test_a_document_of_one_long_word_needs_little_memory(tmp_path):
+    """A word of 40 MB that is tokenized whole takes about 600 MB more."""
+    texts = ["x" * 40_000_000, *make_documents(100)]
+    with open(tmp_path / "long.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    command = [sys.executable, "-c", MEMORY.format(root=str(ROOT))]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=True)
+    assert int(ended.stdout.split()[-1]) < 500
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+def mutate_json(draw, content: bytes) -> bytes:
+    """Replace or delete one value somewhere in a JSON object."""
+    whole = json.loads(content)
+    place = whole
+    while True:
+        key = draw(st.sampled_from(list(place)))
+        inner = place[key]
+        if not isinstance(inner, dict) or not inner or draw(st.booleans()):
+            break
+        place = inner
+    if draw(st.booleans()):
+        place[key] = draw(json_values)
+    else:
+        del place[key]
+    return json.dumps(whole).encode()
+
+
+def mutate_bytes(draw, content: bytes) -> bytes:
+    """Replace some bytes by zero to eight others."""
+    start = draw(st.integers(0, len(content)))
+    end = draw(st.integers(start, min(len(content), start + 8)) | st.just(len(content)))
+    return content[:start] + draw(st.binary(max_size=8)) + content[end:]
+
+
+def check_mutations(data, folder: Path) -> None:
+    """Change one file of an interrupted preparation; the next run ends well or in one line."""
+    work = folder.parent.parent
+    saved = {p: p.read_bytes() for p in work.rglob("*") if p.is_file() and p.suffix != ".lock"}
+    path = data.draw(
+        st.sampled_from(
+            [
+                folder / "progress.json",
+                folder / "tokenizer.json",
+                Path("texts/2.parquet"),
+                Path("texts/3.jsonl"),
+            ]
+        )
+    )
+    kinds = [mutate_bytes, mutate_json] if path.parent == folder else [mutate_bytes]
+    path.write_bytes(data.draw(st.sampled_from(kinds))(data.draw, path.read_bytes()))
+    if path.parent != folder:  # otherwise the run ends because this file has changed
+        progress = json.loads((folder / "progress.json").read_text())
+        del progress["options"]["inputs"]
+        (folder / "progress.json").write_text(json.dumps(progress))
+    try:
+        run(input="texts", dataset="mine")
+    except UserError as error:
+        assert "\n" not in str(error).strip()
+    finally:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for p, content in saved.items():
+            p.write_bytes(content)
+            os.utime(p, ns=(0, 0))
+
+
+@pytest.fixture
+def mutable(half_done, monkeypatch) -> Path:
+    """Like half_done, but smaller, and with a jsonl file."""
+    shutil.rmtree("data")
+    for n in range(3):
+        Path(f"texts/{n}.parquet").write_bytes(parquet(make_documents(20, seed=n)))
+    Path("texts/3.parquet").unlink()
+    Path("texts/3.jsonl").write_text(
+        "".join(json.dumps({"text": d}) + "\n" for d in make_documents(20))
+    )
+    for path in Path("texts").iterdir():
+        os.utime(path, ns=(0, 0))
+    run_until(monkeypatch, "add_shard", call=2, input="texts", dataset="mine")
+    return Path("data/mine").absolute()
+
+
+SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=200, **SETTINGS)
+@given(st.data())
+def test_no_change_of_a_byte_or_a_value_ends_in_a_traceback(mutable, data):
+    check_mutations(data, mutable)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, **SETTINGS)
+@given(st.data())
+def test_none_of_2000_changes_ends_in_a_traceback(mutable, data):
+    check_mutations(data, mutable)

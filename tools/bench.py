@@ -1,25 +1,25 @@
 """Measure speed. Every answer is a table, a file of JSON lines and a picture.
 
-    python -m tools.bench ladder                        # a training step, made faster rung by rung
-    python -m tools.bench loader                        # ways to load a batch, and what a GPU needs
+    python -m tools.bench ladder        # a training step, made faster rung by rung
+    python -m tools.bench loader        # ways to load a batch, beside what a GPU consumes
     python -m tools.bench throughput --config=config/phase1_char.py --nanogpt=../nanoGPT
     python -m tools.bench generate --nanogpt=../nanoGPT --transformers
-    python -m tools.bench gpu                           # all about a new GPU, in 8 minutes
+    python -m tools.bench gpu           # everything to measure on a new GPU, in 8 minutes
 
 Every measurement runs in a process of its own, so nothing that one leaves behind changes the next.
-The sides are measured in turn, `rounds` times: when the machine slows down, it slows all of them.
-The table shows the medians. Without the data set of a run, --vocab_size measures on random tokens.
+All sides are measured in turn, `rounds` times: a machine that slows down slows all of them. The
+table shows medians. Without the data set of a run, --vocab_size measures on random tokens.
 """
 
 import json
 import math
 import platform
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import ProcessPoolExecutor as ProcessPool
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,13 +30,13 @@ from typing import Literal
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import model as gpt
 from configurator import UserError, check_range, configure, one_line, read_options, run
 from support import preflight, runtime
-from support.data import TOKEN, Dataset, Tokens, gather, random_offsets, write_dataset
+from support.data import Dataset, gather, random_offsets, write_dataset
 from support.files import atomic_write
 from support.nanogpt import build_original
 from support.pictures import markdown_table, save_figure
@@ -45,16 +45,12 @@ from support.start import model_config
 from support.tokenizer import CharTokenizer
 from train import TrainConfig, Trainer, learning_rate
 
-RUNS = {  # what is measured, and on which run if --config does not name another one
-    "ladder": "config/phase2_bpe.py",
-    "loader": "config/phase3_gpt2.py",
-    "throughput": "config/phase2_bpe.py",
-    "generate": "config/gpt2_124m.py",
-    "gpu": "config/phase3_gpt2.py",
-}
-TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=2, pad_vocab_to=0)
-# Tokens per second that training phase 3 would take. Estimated from generated code, not measured.
-CONSUMERS = {"one A100, estimated": 205_000, "one H100, estimated": 440_000}
+PHASE2, PHASE3, GPT2 = (f"config/{name}.py" for name in ("phase2_bpe", "phase3_gpt2", "gpt2_124m"))
+RUNS = dict(ladder=PHASE2, loader=PHASE3, throughput=PHASE2, generate=GPT2, gpu=PHASE3)
+TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=2, compile=False)
+# Tokens per second that training phase 3 takes: estimated from the generated code, not measured.
+CONSUMERS = {"one A100 (estimate)": 205_000, "one H100 (estimate)": 440_000}
+PARTS = ["forward_us", "backward_us", "optimizer_us", "data_us"]  # microseconds per token
 
 
 @dataclass(frozen=True)
@@ -62,17 +58,17 @@ class BenchConfig:
     """Measure speed: python -m tools.bench ladder, loader, throughput, generate or gpu."""
 
     # measurement
-    what: Literal[tuple(RUNS)] = "ladder"  # ladder, loader, throughput, generate or gpu
-    rounds: int = 3  # measurements per side (gpu: one)
-    seconds: float = 10.0  # longest time for the calls of one measurement
+    what: Literal["ladder", "loader", "throughput", "generate", "gpu"] = "ladder"  # what to measure
+    rounds: int = 3  # measurements of each side (gpu: one)
+    seconds: float = 10.0  # a measurement starts no call after that
     nanogpt: str = ""  # folder of a copy of nanoGPT, to measure it too
     transformers: bool = False  # generate: measure transformers too
     new_tokens: int = 200  # generate: tokens to write
     to: str = "out/bench"  # folder for the results
-    tiny: bool = False  # shrink the model, to try a benchmark quickly
-    # run; None: as in the config file
+    tiny: bool = False  # a tiny model, to try a benchmark quickly
+    vocab_size: int = 0  # train on random token ids below this; 0: data set
     config: str | None = None  # config file of the run; None: see RUNS in bench.py
-    vocab_size: int = 0  # vocabulary of random training data; 0: use the data set
+    # run (None: as in the config file)
     dataset: str | None = None  # folder under data/
     batch_size: int | None = None  # sequences in one forward pass
     optimizer: str | None = None  # adamw or muon
@@ -82,28 +78,27 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check_range(self, 1, 1 << 20, "rounds", "new_tokens")
-        check_range(self, 0, 1 << 16, "vocab_size")
-        check_range(self, 0, 3600, "seconds")
+        check_range(self, 0, 1 << 16, "vocab_size", "seconds")
 
 
 def read_run(config: BenchConfig, path: str, vocab_size: int, scratch: Path) -> TrainConfig:
-    """Return the run of a config file as `config` changes it, on random ids if vocab_size > 0."""
+    """Return the run of a config file with the changes of `config`, on random ids if vocab_size."""
     names = ("dataset", "batch_size", "optimizer", "device", "dtype", "compile")
     changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     changes = (TINY if config.tiny else {}) | changes | {"out_dir": scratch, "sample_interval": 0}
     if vocab_size:
         changes["dataset"] = folder = scratch.absolute() / f"random_{vocab_size}"
         tokenizer = CharTokenizer("".join(chr(1 << 16 | i) for i in range(vocab_size)))
-        ids = np.random.default_rng(0).integers(vocab_size, size=1_000_000).tolist()
-        write_dataset(folder, tokenizer, ids, ids[:100_000], 100_000, {"prepared by": "bench.py"})
+        ids = np.random.default_rng(0).integers(vocab_size, size=500_000).tolist()
+        write_dataset(folder, tokenizer, ids, ids[:50_000], 50_000, {"prepared by": "bench.py"})
     return read_options(TrainConfig, [path, *(f"--{k}={v}" for k, v in changes.items())])
 
 
-# Ladder: one training step, from a naive one to ours, one change per rung
+# Ladder: one training step, from a naive one to ours
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Return attention, (..., T, hs), computed as formula 1 of Vaswani et al. 2017 is written."""
+    """Return attention, (..., T, hs), as formula 1 of Vaswani et al. 2017 is written."""
     T, hs = q.shape[-2:]
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
@@ -129,206 +124,463 @@ class PlainAdamW(torch.optim.AdamW):
         super().step()
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a training step is computed. The defaults are ours."""
-
-    attention: Callable = gpt.attention
-    gelu: Callable = gpt.gelu
-    low_precision: bool = True  # the run's dtype instead of float32
-    set_up: bool = True  # on a CPU, keep freed memory for the next step
-    fused: bool = True  # AdamW in one kernel
-    compile: bool = True
-
-
-NAIVE = Way(head_by_head, plain_gelu, False, False, False, False)
-CHANGES = {
+NAIVE = dict(attention=head_by_head, gelu=plain_gelu, dtype="float32")
+NAIVE |= dict(set_up=False, fused=False, compile=False)
+RUNGS = {  # each one changes one thing; None: as in the run
+    "naive": {},
     "all heads in one product": {"attention": plain_attention},
-    "GELU in one kernel": {"gelu": Way.gelu},
-    "bfloat16 instead of float32": {"low_precision": True},
-    "the attention of model.py": {"attention": Way.attention},
-    "freed memory kept for the next step": {"set_up": True},
+    "GELU in one kernel": {"gelu": gpt.gelu},
+    "bfloat16 instead of float32": {"dtype": None},
+    "the attention of model.py": {"attention": gpt.attention},
+    "freed memory kept for the next step": {"set_up": True},  # only on a CPU
     "AdamW in one kernel": {"fused": True},
-    "torch.compile": {"compile": True},
+    "torch.compile": {"compile": None},
 }
 
 
-def rungs() -> dict[str, Way]:
-    """Return the ways of the ladder by name. Each one changes one thing in the one before."""
-    ways = {"naive": NAIVE}
-    for name, change in CHANGES.items():
-        ways[name] = replace(list(ways.values())[-1], **change)
-    return ways
-
-
-def trainer_in(way: Way, options: TrainConfig) -> Trainer:
+def trainer_in(way: dict, options: TrainConfig) -> Trainer:
     """Return a Trainer that computes in this way. It changes model.py in this process for good."""
-    gpt.attention, gpt.gelu = way.attention, way.gelu
-    dtype = options.dtype if way.low_precision else "float32"
-    compiled = options.compile if way.compile else False
-    trainer = make_trainer(replace(options, dtype=dtype, compile=compiled), way.set_up)
-    if not way.fused:
-        one_by_one = {"fused": False, "foreach": False}
-        for i, o in enumerate(trainer.optimizers):
-            trainer.optimizers[i] = PlainAdamW([group | one_by_one for group in o.param_groups])
-    runtime.compile_model(trainer)
+    gpt.attention, gpt.gelu = way["attention"], way["gelu"]
+    changes = {name: way[name] for name in ("dtype", "compile") if way[name] is not None}
+    trainer = make_trainer(replace(options, **changes), way["set_up"])
+    if not way["fused"]:
+        plain = {"fused": False, "foreach": False}
+        groups = [group | plain for o in trainer.optimizers for group in o.param_groups]
+        trainer.optimizers = [PlainAdamW(groups)]
     return trainer
 
 
-def time_way(way: Way, options: TrainConfig, seconds: float) -> dict:
-    """Return the seconds of a training step with its batches at hand."""
+def time_way(way: dict, options: TrainConfig, seconds: float) -> dict:
+    """Time a training step whose batches are at hand."""
     trainer = trainer_in(way, options)
     batches = [trainer.micro_batch(0, micro) for micro in trainer.micros]
     step = partial(trainer.train_step, 0, options.learning_rate, batches=batches)
-    return {"seconds": time_call(step, trainer.device, seconds)}
+    return figures(time_call(step, trainer.device, seconds), trainer.tokens_per_step)
 
 
-def ladder(config: BenchConfig, options: TrainConfig, _: Path) -> tuple:
-    options = replace(options, optimizer="adamw")  # Muon is another algorithm, not a faster one
-    sides = {name: (time_way, way, options, config.seconds) for name, way in rungs().items()}
-    times = {name: r["seconds"] for name, r in measure(sides, config.rounds).items()}
-    rows, first, before = [], times["naive"], times["naive"]
-    for name, time in times.items():
-        speed = tokens_per_step(options) / time
-        row = {"rung": name, "step_ms": 1e3 * time, "tokens_per_second": speed}
-        rows.append(row | {"factor": before / time, "product": first / time})
-        before = time
-    bars = [(r["rung"], [r["step_ms"]], f"{r['product']:.2f}x") for r in rows]
-    return rows, dict(bars=bars, x="ms per step", title="A training step, one change per rung")
+def ladder(config: BenchConfig, options: TrainConfig) -> tuple:
+    options = replace(options, optimizer="adamw")  # Muon computes something else: it is no rung
+    sides, way = {}, NAIVE
+    for name, change in RUNGS.items():
+        way = way | change
+        sides[name] = (time_way, way, options, config.seconds)
+    rows = measure(sides, config.rounds)
+    for before, row in zip(rows[:1] + rows[:-1], rows, strict=True):
+        row |= {"factor": before["ms"] / row["ms"], "product": rows[0]["ms"] / row["ms"]}
+    return rows, draw_bars("A training step, one change per rung", rows, ["ms"], "product")
 
 
-# Loader: ways to load a batch, from naive to ours. x and y are (B, T), on the CPU.
+# Loader: ways to get token ids, from naive to ours
 
 
-class Loader:
-    """The same token ids as text, as files of two types, and in memory."""
+class Source:
+    """The same token ids as text, as files of two dtypes, and in memory."""
 
     def __init__(self, data: Dataset, folder: Path, block_size: int) -> None:
-        self.T, self.tokenizer = block_size, data.tokenizer
+        self.T, self.tokenizer, self.tokens = block_size, data.tokenizer, data.train
         ids = np.array(data.train.open()[:2_000_000])
-        self.text = self.tokenizer.decode(ids.tolist())
-        self.files = {dtype: folder / dtype.name for dtype in (TOKEN, np.dtype("<i8"))}
-        for dtype, path in self.files.items():
-            ids.astype(dtype).tofile(path)
-        self.tokens = Tokens(self.files[TOKEN])
+        self.text, self.n_tokens = self.tokenizer.decode(ids.tolist()), len(ids)
+        ids.astype(np.int64).tofile(folder / "int64.bin")
+        self.int64 = np.memmap(folder / "int64.bin", np.int64, mode="r")
+        self.uint16 = np.memmap(data.train.path, "<u2", mode="r")
         self.pool, self.ahead = ThreadPoolExecutor(1), None
 
 
-def split(rows: list) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets of rows of T + 1 ids."""
-    windows = torch.from_numpy(np.array(rows, dtype=np.int64))
-    return windows[:, :-1], windows[:, 1:]
+def tokenize(source: Source, offset: int) -> list[int]:
+    """Return T + 1 ids of the text at about `offset`: 16 characters per token are enough."""
+    start = int(offset / source.n_tokens * (len(source.text) - 16 * source.T))
+    return source.tokenizer.encode(source.text[start : start + 16 * source.T])[: source.T + 1]
 
 
-def from_text(loader: Loader, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Tokenize text for each sequence; 16 characters per token are enough."""
-    length, rows = 16 * loader.T, []
-    for offset in offsets:
-        start = int(offset / len(loader.tokens) * (len(loader.text) - length))
-        rows.append(loader.tokenizer.encode(loader.text[start : start + length])[: loader.T + 1])
-    return split(rows)
+def prefetch(source: Source, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the batch of the call before, while a thread gathers the batch of this one."""
+    load = partial(source.pool.submit, gather, source.tokens, offsets, source.T)
+    ready, source.ahead = source.ahead or load(), load()
+    return ready.result()
 
 
-def one_by_one(loader: Loader, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
-    rows = []
-    for offset in offsets:
-        with open(loader.files[np.dtype("<i8")], "rb") as file:
-            file.seek(8 * int(offset))
-            rows.append([int.from_bytes(file.read(8), "little") for _ in range(loader.T + 1)])
-    return split(rows)
-
-
-def rows_of(dtype: str, loader: Loader, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
-    ids = np.memmap(loader.files[np.dtype(dtype)], dtype, mode="r")
-    return split([ids[offset : offset + loader.T + 1] for offset in offsets])
-
-
-def one_gather(loader: Loader, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
-    x, y = gather(loader.tokens, offsets, loader.T)
-    return torch.from_numpy(x), torch.from_numpy(y)
-
-
-def prefetch(loader: Loader, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return the batch of the call before, while a thread gathers the one of this call."""
-    ready: Future | None = loader.ahead
-    loader.ahead = loader.pool.submit(one_gather, loader, offsets)
-    return (ready or loader.ahead).result()
-
-
-LOADERS = {
-    "tokenize text in every step": from_text,
-    "read ids one by one in Python": one_by_one,
-    "slice a file of int64 per sequence": partial(rows_of, "<i8"),
-    "slice a file of uint16 per sequence": partial(rows_of, "<u2"),
-    "one gather in memory (train.py)": one_gather,
-    "the same, one batch ahead in a thread": prefetch,
+ROWS = {  # functions of a Source and an offset: T + 1 ids
+    "text, tokenized in each step": tokenize,
+    "int64, id by id in Python": lambda s, at: [int(s.int64[at + t]) for t in range(s.T + 1)],
+    "int64, a slice per sequence": lambda s, at: s.int64[at : at + s.T + 1],
+    "uint16, a slice per sequence": lambda s, at: s.uint16[at : at + s.T + 1],
+}
+BATCHES = {  # functions of a Source and all offsets: x and y, (B, T) each
+    "uint16, one gather (train.py)": lambda s, offsets: gather(s.tokens, offsets, s.T),
+    "the same, a batch ahead in a thread": prefetch,
 }
 
 
-def time_loader(load: Callable, options: TrainConfig, seconds: float) -> dict:
-    """Return the seconds until a batch of one forward pass is on the device."""
-    device, data = runtime.resolve_device(options.device), Path("data") / options.dataset
+def load(name: str, source: Source, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets, (B, T) each, of the sequences at `offsets`."""
+    if name in BATCHES:
+        x, y = map(torch.from_numpy, BATCHES[name](source, offsets))
+        return x, y
+    rows = np.array([ROWS[name](source, offset) for offset in offsets], dtype=np.int64)
+    windows = torch.from_numpy(rows)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def time_loader(name: str, options: TrainConfig, seconds: float) -> dict:
+    """Time one way to bring the batch of a forward pass to the device."""
+    device, T = runtime.resolve_device(options.device), options.block_size
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        loader = Loader(Dataset(data, options.block_size), Path(folder), options.block_size)
-        sizes = (options.batch_size, len(loader.tokens), options.block_size)
-        offsets = random_offsets(options.seed, 0, *sizes)
-        return {
-            "seconds": time_call(
-                lambda: [ids.to(device) for ids in load(loader, offsets)], device, seconds
-            )
-        }
+        source = Source(Dataset(Path("data") / options.dataset, T), Path(folder), T)
+        offsets = random_offsets(options.seed, 0, options.batch_size, source.n_tokens, T)
+        call = partial(lambda: [ids.to(device) for ids in load(name, source, offsets)])
+        return figures(time_call(call, device, seconds), options.batch_size * T)
 
 
-def loader(config: BenchConfig, options: TrainConfig, _: Path) -> tuple:
-    sides = {name: (time_loader, load, options, config.seconds) for name, load in LOADERS.items()}
-    rows, bars, total = [], [], options.max_iters * tokens_per_step(options)
-    for name, r in measure(sides, config.rounds).items():
-        speed = options.batch_size * options.block_size / r["seconds"]
-        rows.append({"loader": name, "tokens_per_second": speed, "hours": total / speed / 3600})
-        note = f"{speed:,.0f} tokens/s: {cell('hours', rows[-1]['hours'])} h for {total / 1e9:.2f}B"
-        bars.append((name, [speed], note))
-    chart = dict(bars=bars, x="tokens per second", title="Loading alone", lines=CONSUMERS, log=True)
-    return rows, chart
+def loader(config: BenchConfig, options: TrainConfig) -> tuple:
+    sides = {name: (time_loader, name, options, config.seconds) for name in ROWS | BATCHES}
+    rows, total = measure(sides, config.rounds), options.max_iters * tokens_per_step(options)
+    for row in rows:
+        row["hours"] = total / row["tokens_per_second"] / 3600
+    title = f"Loading alone: tokens per second, and hours for {total / 1e9:.2f} billion tokens"
+    return rows, draw_bars(title, rows, ["tokens_per_second"], "hours", CONSUMERS)
 
 
-# Throughput: a training step and the share of what the machine can compute
+# Throughput: a training step and its parts, beside what the machine can compute
 
 
-def time_ours(options: TrainConfig, seconds: float) -> dict:
-    """Return the seconds of a training step and of its parts, its operations and peak memory."""
+def time_step(options: TrainConfig, seconds: float) -> dict:
+    """Time a training step and its parts."""
     trainer = make_trainer(options)
-    runtime.compile_model(trainer)
-    model, device, n_passes = trainer.model, trainer.device, len(trainer.micros)
-    x, y = trainer.micro_batch(0, 0)
+    device, (x, y), tokens = trainer.device, trainer.micro_batch(0, 0), trainer.tokens_per_step
 
     def forward() -> Tensor:
         with runtime.autocast(device, trainer.dtype):
             return trainer.step_model(x, y)[1]
 
-    def forward_and_backward() -> None:
-        model.zero_grad(set_to_none=True)
-        forward().backward()
+    calls = (
+        partial(trainer.train_step, 0, options.learning_rate),
+        forward,
+        lambda: forward().backward(),
+        lambda: [optimizer.step() for optimizer in trainer.optimizers],
+        partial(trainer.micro_batch, 0, 0),
+    )
+    step, once, both, update, data = (time_call(call, device, seconds) for call in calls)
+    row = figures(step, tokens, trainer.model) | {"memory_gb": runtime.peak_memory(device) / 1e9}
+    per_token = (once / x.numel(), (both - once) / x.numel(), update / tokens, data / x.numel())
+    return row | {name: 1e6 * t for name, t in zip(PARTS, per_token, strict=True)}
 
-    def update() -> None:
-        for optimizer in trainer.optimizers:
-            optimizer.step()
 
-    def train_step() -> None:
-        trainer.train_step(0, options.learning_rate)
+def time_nanogpt(folder: str, options: TrainConfig, seconds: float) -> dict:
+    """Time a step of nanoGPT's model and optimizer; on a CPU in float32, as its README says."""
+    trainer = make_trainer(replace(options, compile=False), set_up=False)  # for the batches
+    device, on_gpu = trainer.device, trainer.device.type != "cpu"
+    model = build_original(Path(folder), trainer.model.config).to(device)
+    rates = (options.weight_decay, options.learning_rate, (options.beta1, options.beta2))
+    optimizer = model.configure_optimizers(*rates, device.type)
+    batches = [trainer.micro_batch(0, micro) for micro in trainer.micros]
+    forward = torch.compile(model) if on_gpu else model
 
-    def load() -> None:
-        trainer.micro_batch(0, 0)
+    def step() -> None:
+        for x, y in batches:
+            with runtime.autocast(device, trainer.dtype if on_gpu else torch.float32):
+                loss = forward(x, y)[1] / len(batches)
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    calls = (train_step, load, forward, forward_and_backward, update)
-    step, data, ahead, both, optimizer = (time_call(call, device, seconds) for call in calls)
-    flops = model.flops_per_token(options.block_size)
+    return figures(time_call(step, device, seconds), trainer.tokens_per_step, trainer.model)
+
+
+def time_product(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict:
+    """Time the product of two large matrices: no training step computes faster."""
+    runtime.set_up(device)  # on a GPU float32 becomes TF32
+    n = 64 if tiny else 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    seconds = time_call(lambda: a @ b, device, 3)
+    return {"ms": 1e3 * seconds, "gflops": 2 * n**3 / seconds / 1e9}
+
+
+def products(config: BenchConfig, device: torch.device) -> dict[str, tuple]:
+    dtypes = (torch.bfloat16, torch.float32)
+    names = [f"{runtime.dtype_name(dtype)} product" for dtype in dtypes]
+    sides = [(time_product, dtype, device, config.tiny) for dtype in dtypes]
+    return dict(zip(names, sides, strict=True))
+
+
+def add_shares(rows: list[dict]) -> None:
+    """Add to each row its share of the peaks, which are the rows of the matrix products."""
+    for peak in [row for row in rows if row["what"].endswith(" product") and "gflops" in row]:
+        for row in (row for row in rows if "gflops" in row):
+            row[f"of_{peak['what'].split()[0]}"] = row["gflops"] / peak["gflops"]
+
+
+def throughput(config: BenchConfig, options: TrainConfig) -> tuple:
+    sides = {"ours": (time_step, options, config.seconds)}
+    if config.nanogpt:
+        sides["nanoGPT"] = (time_nanogpt, config.nanogpt, options, config.seconds)
+    sides |= products(config, runtime.resolve_device(options.device))
+    rows = measure(sides, config.rounds)
+    add_shares(rows)
+    return rows, draw_bars("A training step and a matrix product", rows, ["gflops"])
+
+
+# Generation: tokens per second of several implementations
+
+
+def time_writing(side: str, dtype: torch.dtype, B: int, config: BenchConfig, shape) -> dict:
+    """Time the writing of new_tokens tokens in each of B sequences."""
+    device, n = runtime.resolve_device(config.device or "auto"), config.new_tokens
+    settings = {"max_new_tokens": n}
+    if side == "transformers":
+        from transformers import GPT2Config, GPT2LMHeadModel  # only the tests need this package
+
+        names = ("vocab_size", "n_layer", "n_head", "n_embd")
+        sizes = {name: getattr(shape, name) for name in names}
+        model = GPT2LMHeadModel(GPT2Config(n_positions=shape.block_size, **sizes))
+        settings |= dict(min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
+    else:
+        model = build_original(Path(config.nanogpt), shape) if side == "nanoGPT" else gpt.GPT(shape)
+    model = model.to(device, dtype).eval()
+    prompt = torch.zeros(B, 1, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        seconds = time_call(
+            lambda: list(model.generate(prompt, **settings)), device, config.seconds
+        )
+    reading = sum(p.nbytes for p in model.parameters()) * n / seconds  # all weights for each token
+    return figures(seconds, B * n) | {"gb_of_weights_per_second": reading / 1e9}
+
+
+def generate(config: BenchConfig, options: TrainConfig) -> tuple:
+    shape = model_config(replace(options, pad_vocab_to=0), config.vocab_size or 50257)
+    best = runtime.resolve_dtype(options.dtype, runtime.resolve_device(options.device))
+    sides = {}
+    for dtype in dict.fromkeys((torch.float32, best)):
+        for side, B in (
+            ("ours", 1),
+            ("ours", 8),
+            ("transformers", 1),
+            ("transformers", 8),
+            ("nanoGPT", 1),
+        ):
+            if side == "ours" or getattr(config, side.lower()):
+                name = f"{side}, {runtime.dtype_name(dtype)}, batch {B}"
+                sides[name] = (time_writing, side, dtype, B, config, shape)
+    rows = measure(sides, config.rounds)
+    return rows, draw_bars("Tokens per second of generation", rows, ["tokens_per_second"])
+
+
+# A new GPU: everything in one table
+
+
+def train_and_resume(options: TrainConfig, steps: int) -> dict:
+    """Train, save, and compare the next step with that of a run resumed from the checkpoint."""
+    trainer = make_trainer(options)
+    done = [trainer.train_step(step, learning_rate(step, options)) for step in range(steps // 10)]
+    started = runtime.now(trainer.device)
+    for step in range(len(done), steps):
+        done.append(trainer.train_step(step, learning_rate(step, options)))
+    seconds = (runtime.now(trainer.device) - started) / (steps - steps // 10)
+    first, last = (trainer.read(done[i])[0] for i in (0, -1))
+    trainer.save_state(steps)
+    resumed = make_trainer(replace(options, init_from="resume"))
+    for each in (trainer, resumed):
+        each.train_step(steps, options.min_lr)
+    pairs = zip(trainer.model.parameters(), resumed.model.parameters(), strict=True)
+    difference = max((a - b).abs().max().item() for a, b in pairs)
+    resumption = f"differs by {difference:.1g}" if difference else "has the same bits"
+    result = f"loss {first:.2f} to {last:.2f}; saved in {trainer.save_seconds:.1f} s"
+    row = figures(seconds, trainer.tokens_per_step, trainer.model)
+    return row | {"result": f"{result}; a resumed step {resumption}"}
+
+
+def gpu(config: BenchConfig, options: TrainConfig) -> tuple:
+    """Measure the most important things first. No measurement starts after 7 minutes."""
+    started, scratch = time.perf_counter(), Path(options.out_dir)
+    phase3 = read_run(config, PHASE3, config.vocab_size or 32_000, scratch)
+    gpt2 = read_run(config, GPT2, config.vocab_size or 50_257, scratch)
+    has_data = (Path("data") / options.dataset / "meta.json").is_file()
+    steps, device = 10 if config.tiny else 200, runtime.resolve_device(options.device)
+    training = replace(options if has_data else phase3, gradient_accumulation_steps=2)
+    training = replace(training, warmup_iters=steps // 10, lr_decay_iters=steps)
+    shape = model_config(phase3, config.vocab_size or 32_000)
+    dtype = runtime.resolve_dtype(options.dtype, device)
+
+    sides = products(config, device)
+    for B in (16, 32, 64):
+        one_pass = replace(phase3, batch_size=B, gradient_accumulation_steps=1)
+        sides[f"phase 3, batch {B}"] = (time_step, one_pass, 2)
+    for name in ("adamw", "muon"):
+        sides[f"{steps} steps, {name}"] = (
+            train_and_resume,
+            replace(training, optimizer=name),
+            steps,
+        )
+    sides["loading, phase 3"] = (time_loader, list(BATCHES)[0], training, 2)
+    for B in (1, 8):
+        sides[f"generation, batch {B}"] = (time_writing, "ours", dtype, B, config, shape)
+    for B in (8, 16, 32):
+        one_pass = replace(gpt2, batch_size=B, gradient_accumulation_steps=1)
+        sides[f"GPT-2 124M, batch {B}"] = (time_step, one_pass, 2)
+    exact = replace(training, deterministic=True)
+    sides[f"{steps} steps, deterministic"] = (train_and_resume, exact, steps)
+
+    rows = []
+    for name, side in sides.items():
+        try:
+            if time.perf_counter() - started > 420:
+                raise UserError("not measured: 7 minutes are over")
+            rows += measure({name: side}, rounds=1)
+        except Exception as error:  # such as too little memory: measure the rest
+            rows.append({"what": name, "result": one_line(error)[:80]})
+    add_shares(rows)
+    timed = [row for row in rows if row["what"].startswith("phase 3") and "ms" in row]
+    if timed:
+        total = options.max_iters * tokens_per_step(options)
+        best = max(timed, key=lambda row: row["tokens_per_second"])
+        flops = total * 1e9 * best["gflops"] / best["tokens_per_second"]
+        bill = {"here": total / best["tokens_per_second"]} | preflight.estimate(flops)
+        costs = [f"{name}: {preflight.cost(seconds, 0)}" for name, seconds in bill.items()]
+        name = f"bill for {total / 1e9:.2f} billion tokens; others are estimates"
+        rows.append({"what": name, "result": ", ".join(costs)})
+    return rows, draw_bars("Microseconds per token", rows, PARTS, "tokens_per_second")
+
+
+# What all of them use
+
+
+def make_trainer(options: TrainConfig, set_up: bool = True) -> Trainer:
+    processes = Processes(options.device)
+    if set_up:
+        runtime.set_up(processes.device, options.deterministic)
+    trainer = Trainer(options, processes)
+    runtime.compile_model(trainer)
+    return trainer
+
+
+def time_call(function: Callable, device: torch.device, seconds: float) -> float:
+    """Return the median seconds of a call, after one that does not count."""
+    function()
+    return runtime.median_seconds(function, device, seconds)
+
+
+def tokens_per_step(options: TrainConfig) -> int:
+    return options.gradient_accumulation_steps * options.batch_size * options.block_size
+
+
+def figures(seconds: float, tokens: int, model: gpt.GPT | None = None) -> dict:
+    """Return what a row of the table has for a call that takes `tokens` tokens."""
+    row = {"ms": 1e3 * seconds, "tokens_per_second": tokens / seconds}
+    if model is not None:
+        flops = model.flops_per_token(model.config.block_size)
+        row["gflops"] = flops * row["tokens_per_second"] / 1e9
+    return row
+
+
+def in_child(function: Callable, *args) -> dict:
+    """Return function(*args), called in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure(sides: dict[str, tuple], rounds: int) -> list[dict]:
+    """Call the function of each side, in turn, `rounds` times. Returns the row of median time."""
+    results = {name: [] for name in sides}
+    for i in range(rounds):
+        for name, side in sides.items():
+            print(f"round {i + 1} of {rounds}: {name} ...", flush=True)
+            results[name].append(in_child(*side))
+    for rows in results.values():
+        rows.sort(key=lambda row: row["ms"])
+    return [{"what": name} | rows[rounds // 2] for name, rows in results.items()]
+
+
+def cell(key: str, value) -> str:
+    """Return a figure as the table shows it."""
+    if isinstance(value, str):
+        return value
+    if key.startswith("of_"):
+        return f"{value:.0%}"
+    unit = "x" * (key in ("factor", "product"))
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}") + unit
+
+
+def table(rows: list[dict]) -> str:
+    """Return a Markdown table with a column for every key of the rows, "result" last."""
+    keys = sorted(dict.fromkeys(key for row in rows for key in row), key="result".__eq__)
+    cells = [[cell(key, row.get(key, "")) for key in keys] for row in rows]
+    right = {i for i, key in enumerate(keys) if key not in ("what", "result")}
+    return markdown_table([key.replace("_", " ") for key in keys], cells, right)
+
+
+def draw_bars(
+    title: str, rows: list[dict], parts: list[str], note: str = "", lines: dict | None = None
+):
+    """Return a figure with a bar of stacked `parts` for each row that has them, and a note behind.
+
+    `lines` (label to value) are drawn across the bars, on an axis of powers of ten.
+    """
+    from matplotlib.figure import Figure  # takes half a second
+
+    rows = [row for row in rows if parts[0] in row]
+    figure = Figure(figsize=(9, 1.6 + 0.34 * len(rows)), dpi=150, layout="constrained")
+    axes, ends = figure.subplots(), [0.0] * len(rows)
+    for part in parts:
+        axes.barh(range(len(rows)), [row[part] for row in rows], left=ends, label=part)
+        ends = [end + row[part] for end, row in zip(ends, rows, strict=True)]
+    for i, (end, row) in enumerate(zip(ends, rows, strict=True)):
+        text = f" {cell('', end)}" + f" ({cell(note, row[note])})" * (note in row)
+        axes.annotate(text, (end, i), va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    for i, (label, value) in enumerate((lines or {}).items()):
+        axes.set_xscale("log")
+        axes.axvline(value, color=f"C{i + 1}", ls="--", label=label)
+    if lines or len(parts) > 1:
+        axes.legend()
+    axes.set(title=title, xlabel=parts[0].replace("_", " ") if len(parts) == 1 else "us")
+    return figure
+
+
+def machine(options: TrainConfig, shape) -> dict:
+    """Return what the figures depend on."""
+    device, info = runtime.resolve_device(options.device), Path("/proc/cpuinfo")
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif info.exists():
+        name = re.search(r"model name\s*: (.+)|$", info.read_text())[1] or name
+    names = (
+        "batch_size",
+        "gradient_accumulation_steps",
+        "block_size",
+        "n_layer",
+        "n_head",
+        "n_embd",
+    )
     return {
-        "seconds": step,
-        "flops_per_token": flops,
-        "gflops": flops * trainer.tokens_per_step / step / 1e9,
-        "memory_gb": runtime.peak_memory(device) / 1e9,
-        "forward_ms": 1e3 * n_passes * ahead,
-        "backward_ms": 1e3 * n_passes * max(0.0, both - ahead),
-        "optimizer_ms": 1e3 * optimizer,
-        "data_ms": 1e3 * n_passes * data,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"python -m tools.bench {' '.join(sys.argv[1:])}",
+        "machine": f"{name}, {psutil.cpu_count()} processors, {platform.system()}",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "run": ", ".join(f"{name}={getattr(options, name)}" for name in names),
     }
+
+
+def main(config: BenchConfig) -> None:
+    benchmarks = dict(
+        ladder=ladder, loader=loader, throughput=throughput, generate=generate, gpu=gpu
+    )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        path = config.config or RUNS[config.what]
+        options = read_run(config, path, config.vocab_size, Path(scratch))
+        about = machine(options)
+        rows, figure = benchmarks[config.what](config, options)
+    to = Path(config.to) / config.what
+    with atomic_write(to.with_suffix(".jsonl")) as file:
+        file.writelines(json.dumps(record).encode() + b"\n" for record in (about, *rows))
+    figure.supxlabel(f"{about['machine']}, {about['date']}", fontsize=7, color="0.4")
+    save_figure(figure, to.with_suffix(".png"))
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+    print(table(rows))
+    print(f"{to}.jsonl and {to}.png have the results")
+
+
+if __name__ == "__main__":
+    run(main, configure(BenchConfig, [f"--what={a}" if a in RUNS else a for a in sys.argv[1:]]))

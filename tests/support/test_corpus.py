@@ -1,0 +1,80 @@
+"""Reading and cleaning of documents; tests/test_prepare_openweb.py has the tests of the writer."""
+
+import json
+import unicodedata
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configurator import UserError
+from support.corpus import clean, difference, hash_document, read_documents
+
+
+def test_a_long_text_file_is_split_at_ends_of_lines(tmp_path):
+    lines = [f"line {i} of a long book\n" for i in range(20_000)]
+    (tmp_path / "book.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
+    documents = [d.decode() for d in read_documents(tmp_path / "book.txt", "text")]
+    assert "".join(documents) == "".join(lines) and len(documents) > 4
+    assert all(d.endswith("\n") and len(d) < 100_100 for d in documents if d)
+
+
+def test_a_line_that_never_ends_is_not_read_at_once(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 250_000, encoding="utf-8")
+    lengths = [len(d) for d in read_documents(tmp_path / "a.txt", "text")]
+    assert lengths == [100_000, 100_000, 50_000]
+
+
+def test_the_end_of_text_line_ends_a_document(tmp_path):
+    content = "one\ntwo\n<|endoftext|>\nthree <|endoftext|>\n<|endoftext|>\r\nfour"
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    assert list(read_documents(tmp_path / "a.txt", "text")) == [
+        b"one\ntwo\n",
+        b"three <|endoftext|>\n",
+        b"four",
+    ]
+
+
+def test_missing_texts_in_a_parquet_file_are_skipped(tmp_path):
+    pq.write_table(pa.table({"text": ["a", None, "", "b"]}), tmp_path / "a.parquet")
+    assert list(read_documents(tmp_path / "a.parquet", "text")) == [b"a", b"", b"b"]
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "7", '"text"', '{"text": 7}', '{"other": "a"}'])
+def test_a_jsonl_line_without_text_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "first"}}\n\n{line or "[" * 100_000}\n')
+    documents = read_documents(tmp_path / "a.jsonl", "text")
+    assert next(documents) == b"first"
+    with pytest.raises(UserError, match="line 3 is not JSON with a text 'text'"):
+        next(documents)
+
+
+@given(st.text())
+def test_clean_text_has_form_nfc_and_no_control_characters(text):
+    cleaned = clean(text.encode(), Counter())
+    assert cleaned == unicodedata.normalize("NFC", cleaned)
+    assert not [c for c in cleaned if unicodedata.category(c) == "Cc" and c not in "\n\t"]
+    assert clean(cleaned.encode(), Counter()) == cleaned
+
+
+def test_what_clean_repairs_is_counted():
+    counts = Counter()
+    assert clean(b"a\r\nb\rc\x00 e\xcc\x81 \xff", counts) == "a\nb\nc \u00e9 \ufffd"
+    assert set(counts.values()) == {1} and len(counts) == 3
+
+
+def test_a_larger_share_for_validation_contains_a_smaller_one():
+    texts = [str(n).encode() for n in range(2000)]
+    few, many = ({t for t in texts if hash_document(t, share)[1]} for share in (0.1, 0.3))
+    assert few < many and 100 < len(few) < 300 and 500 < len(many) < 700
+
+
+def test_the_difference_of_options_is_named():
+    options = {"size": "1MB", "files": ["a"], "inputs": [["a", 1, 2]]}
+    assert difference(options, json.loads(json.dumps(options))) == ""
+    assert difference(options | {"size": "2MB"}, options) == "size=2MB instead of 1MB"
+    assert difference(options | {"new": 1}, options) == "new=1 instead of None"
+    assert "input files" in difference(options | {"inputs": [["a", 1, 3]]}, options)
