@@ -35,9 +35,10 @@ def atomic_write(path: Path, size: int = 0) -> Iterator:
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
+        needed = f"{size:,} bytes are needed, " if size else ""
         raise UserError(
-            f"{path}: can not be written ({reason.strerror}){f'; it has {size:,} bytes' * (size > 0)}"
-            f"; {free_bytes(path.parent):,} bytes are free; an earlier file is unchanged"
+            f"{path}: can not be written ({reason.strerror}); {needed}{free_bytes(path.parent):,} "
+            "bytes are free; an earlier file is unchanged"
         ) from error
     finally:
         if temporary:

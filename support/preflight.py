@@ -34,8 +34,7 @@ def run_checks(trainer) -> bool:
     """Print a line per check and, if all pass, the cost. Returns whether all pass."""
     if trainer.processes.distributed:
         raise UserError("preflight=True needs a single process; run it without torchrun")
-    passed = True
-    trainer.model.eval()  # no dropout
+    passed, _ = True, trainer.model.eval()  # no dropout
     for name, check in CHECKS.items():
         if sys.stdout.isatty():
             print(f"...  {name}", end="\r", flush=True)  # the result replaces this line
@@ -62,8 +61,8 @@ def initial_loss(trainer) -> tuple[bool, str]:
     """A new model guesses evenly: ln(V), and half the variance of the logits, n_embd * 0.02^2."""
     config, loss = trainer.model.config, trainer.model(*first_tokens(trainer, 16, 128))[1].item()
     even, spread = math.log(config.vocab_size), config.n_embd * 0.02**2 / 2
-    pretrained = trainer.config.init_from != "scratch"  # such a model does better
-    ok = loss < even if pretrained else abs(loss / (even + spread) - 1) < 0.02
+    ok = abs(loss / (even + spread) - 1) < 0.02
+    ok = ok if trainer.config.init_from == "scratch" else loss < even  # pretrained
     return ok, f"{loss:.4f}; a new model has ln({config.vocab_size}) = {even:.4f} + {spread:.2f}"
 
 
@@ -80,8 +79,10 @@ def gradients(trainer) -> tuple[bool, str]:
     grads = {name: p.grad for name, p in trainer.model.named_parameters()}
     bad = [n for n, g in grads.items() if g is None or not (g.any() and g.isfinite().all())]
     trainer.model.zero_grad(set_to_none=True)
-    without = f", but not {', '.join(bad[:3])}" if bad else ""
-    return not bad, f"{len(grads) - len(bad)} of {len(grads)} parameters have one{without}"
+    return (
+        not bad,
+        f"{len(bad)} of {len(grads)} parameters have none{': ' * bool(bad)}{', '.join(bad[:3])}",
+    )
 
 
 @torch.no_grad()
@@ -104,8 +105,8 @@ def future_by_gradient(trainer) -> tuple[bool, str]:
     trainer.model(x)[0][0, t].float().square().sum().backward()
     hook.remove()
     trainer.model.zero_grad(set_to_none=True)
-    per_position = embedded[0].grad[0].abs().sum(dim=-1)  # (T,)
-    later, earlier = per_position[t + 1 :].max().item(), per_position[: t + 1].min().item()
+    sizes = embedded[0].grad[0].abs().sum(dim=-1)  # (T,)
+    later, earlier = sizes[t + 1 :].max().item(), sizes[: t + 1].min().item()
     measured = f"position {t} gets {later:.1g} from later tokens, {earlier:.1g} or more from others"
     return later == 0 and earlier > 0, measured
 
@@ -166,10 +167,9 @@ def text(trainer) -> tuple[bool, str]:
     steps = (0, max(0, trainer.config.max_iters - 1))
     batches = [trainer.micro_batch(step, micro=0)[0][0].tolist() for step in steps]
     first, last = map(trainer.tokenizer.decode, batches)
-    good = [c for c in first + last if c.isprintable() and c != "\ufffd" or c.isspace()]
-    return len(good) >= 0.9 * len(first + last), (
-        f"the first batch begins {first[:30]!r}, the last one {last[:30]!r}"
-    )
+    bad = [c for c in first + last if c == "\ufffd" or not (c.isprintable() or c.isspace())]
+    measured = f"the first batch begins {first[:30]!r}, the last one {last[:30]!r}"
+    return len(bad) <= 0.1 * len(first + last), measured
 
 
 def checkpoint(trainer) -> tuple[bool, str]:
@@ -223,12 +223,11 @@ def bill(trainer) -> str:
         torch.cuda.reset_peak_memory_stats(device)
 
     def step(n: int) -> None:
-        batches = [trainer.micro_batch(0, micro) for micro in range(n)]
+        batches = [trainer.micro_batch(0, micro) for micro in trainer.micros[:n]]
         trainer.read(trainer.train_step(0, lr=0.0, batches=batches))
 
-    n_passes, once = len(trainer.micros), runtime.median_seconds(lambda: step(1), device)
-    more = runtime.median_seconds(lambda: step(2), device) - once if n_passes > 1 else 0
-    seconds = once + (n_passes - 1) * more  # of a step
+    once, twice = (runtime.median_seconds(lambda n=n: step(n), device) for n in (1, 2))
+    seconds = once + (c.gradient_accumulation_steps - 1) * (twice - once)  # of a whole step
     speed, tokens = trainer.tokens_per_step / seconds, c.max_iters * trainer.tokens_per_step
     flops, n_params = trainer.model.flops_per_token(c.block_size), trainer.model.num_params()
     lines = [
@@ -257,9 +256,9 @@ def warnings(trainer, compiled: str, pass_seconds: float) -> list[str]:
     if compiled.startswith("not compiled") and c.max_iters >= 1000:
         found.append(compiled)
     share = runtime.median_seconds(lambda: trainer.micro_batch(1, 0), device) / pass_seconds
-    where = "in memory" if trainer.data.train.in_memory else "on the disk, too large for memory"
     if share > 0.05:
-        found.append(f"batches take {share:.0%} of the time; train.bin is {where}")
+        place = "in memory" if trainer.data.train.in_memory else "too large for the memory"
+        found.append(f"batches take {share:.0%} of the time; train.bin is {place}")
     if device.type == "cuda":
         # Of a step's peak, only what is beyond weights and moments grows with the batch.
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -268,8 +267,6 @@ def warnings(trainer, compiled: str, pass_seconds: float) -> list[str]:
         while c.gradient_accumulation_steps % (2 * factor) == 0 and 2 * factor <= room:
             factor *= 2
         if factor > 1:
-            found.append(
-                f"the GPU has room for batch_size={factor * c.batch_size}; the same run with "
-                f"gradient_accumulation_steps={c.gradient_accumulation_steps // factor} is faster"
-            )
+            passes = f"gradient_accumulation_steps={c.gradient_accumulation_steps // factor}"
+            found.append(f"{passes} with batch_size={factor * c.batch_size} fits and is faster")
     return found

@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -130,7 +129,7 @@ RUNGS = {  # each one changes one thing; None: as in the run
     "naive": {},
     "all heads in one product": {"attention": plain_attention},
     "GELU in one kernel": {"gelu": gpt.gelu},
-    "bfloat16 instead of float32": {"dtype": None},
+    "the dtype of the run instead of float32": {"dtype": None},
     "the attention of model.py": {"attention": gpt.attention},
     "freed memory kept for the next step": {"set_up": True},  # only on a CPU
     "AdamW in one kernel": {"fused": True},
@@ -158,26 +157,25 @@ def time_way(way: dict, options: TrainConfig, seconds: float) -> dict:
     return figures(time_call(step, trainer.device, seconds), trainer.tokens_per_step)
 
 
-def ladder(config: BenchConfig, options: TrainConfig) -> tuple:
+def ladder(config: BenchConfig, options: TrainConfig) -> tuple[dict, dict]:
     options = replace(options, optimizer="adamw")  # Muon computes something else: it is no rung
     sides, way = {}, NAIVE
     for name, change in RUNGS.items():
         way = way | change
         sides[name] = (time_way, way, options, config.seconds)
-    rows = measure(sides, config.rounds)
-    for before, row in zip(rows[:1] + rows[:-1], rows, strict=True):
-        row |= {"factor": before["ms"] / row["ms"], "product": rows[0]["ms"] / row["ms"]}
-    return rows, draw_bars("A training step, one change per rung", rows, ["ms"], "product")
+    title = "A training step, one change per rung (speed, and how often the naive speed)"
+    return sides, dict(title=title, parts=["tokens_per_second"], note="speedup")
 
 
-# Loader: ways to get token ids, from naive to ours
+# Loader: ways to load a batch, from naive to ours
 
 
 class Source:
     """The same token ids as text, as files of two dtypes, and in memory."""
 
-    def __init__(self, data: Dataset, folder: Path, block_size: int) -> None:
-        self.T, self.tokenizer, self.tokens = block_size, data.tokenizer, data.train
+    def __init__(self, options: TrainConfig, folder: Path) -> None:
+        data = Dataset(Path("data") / options.dataset, options.block_size)
+        self.T, self.tokenizer, self.tokens = options.block_size, data.tokenizer, data.train
         ids = np.array(data.train.open()[:2_000_000])
         self.text, self.n_tokens = self.tokenizer.decode(ids.tolist()), len(ids)
         ids.astype(np.int64).tofile(folder / "int64.bin")
@@ -194,50 +192,48 @@ def tokenize(source: Source, offset: int) -> list[int]:
 
 def prefetch(source: Source, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the batch of the call before, while a thread gathers the batch of this one."""
-    load = partial(source.pool.submit, gather, source.tokens, offsets, source.T)
-    ready, source.ahead = source.ahead or load(), load()
+    start = partial(source.pool.submit, gather, source.tokens, offsets, source.T)
+    ready, source.ahead = source.ahead or start(), start()
     return ready.result()
 
 
-ROWS = {  # functions of a Source and an offset: T + 1 ids
+BY_ROW = {  # functions of a Source and one offset: T + 1 ids
     "text, tokenized in each step": tokenize,
     "int64, id by id in Python": lambda s, at: [int(s.int64[at + t]) for t in range(s.T + 1)],
     "int64, a slice per sequence": lambda s, at: s.int64[at : at + s.T + 1],
     "uint16, a slice per sequence": lambda s, at: s.uint16[at : at + s.T + 1],
 }
-BATCHES = {  # functions of a Source and all offsets: x and y, (B, T) each
-    "uint16, one gather (train.py)": lambda s, offsets: gather(s.tokens, offsets, s.T),
+OURS = "uint16, one gather (train.py)"
+BY_BATCH = {  # functions of a Source and all offsets: x and y, (B, T) each
+    OURS: lambda s, offsets: gather(s.tokens, offsets, s.T),
     "the same, a batch ahead in a thread": prefetch,
 }
 
 
-def load(name: str, source: Source, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
+def load(name: str, source: Source, offsets: np.ndarray) -> list[Tensor]:
     """Return inputs and targets, (B, T) each, of the sequences at `offsets`."""
-    if name in BATCHES:
-        x, y = map(torch.from_numpy, BATCHES[name](source, offsets))
-        return x, y
-    rows = np.array([ROWS[name](source, offset) for offset in offsets], dtype=np.int64)
-    windows = torch.from_numpy(rows)
-    return windows[:, :-1], windows[:, 1:]
+    if name in BY_BATCH:
+        return [torch.from_numpy(ids) for ids in BY_BATCH[name](source, offsets)]
+    rows = [BY_ROW[name](source, offset) for offset in offsets]
+    windows = torch.from_numpy(np.array(rows, dtype=np.int64))
+    return [windows[:, :-1], windows[:, 1:]]
 
 
 def time_loader(name: str, options: TrainConfig, seconds: float) -> dict:
     """Time one way to bring the batch of a forward pass to the device."""
-    device, T = runtime.resolve_device(options.device), options.block_size
+    device, sizes = runtime.resolve_device(options.device), (options.batch_size, options.block_size)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        source = Source(Dataset(Path("data") / options.dataset, T), Path(folder), T)
-        offsets = random_offsets(options.seed, 0, options.batch_size, source.n_tokens, T)
-        call = partial(lambda: [ids.to(device) for ids in load(name, source, offsets)])
-        return figures(time_call(call, device, seconds), options.batch_size * T)
+        source = Source(options, Path(folder))
+        offsets = random_offsets(options.seed, 0, sizes[0], source.n_tokens, sizes[1])
+        call = lambda: [ids.to(device) for ids in load(name, source, offsets)]  # noqa: E731
+        return figures(time_call(call, device, seconds), math.prod(sizes))
 
 
-def loader(config: BenchConfig, options: TrainConfig) -> tuple:
-    sides = {name: (time_loader, name, options, config.seconds) for name in ROWS | BATCHES}
-    rows, total = measure(sides, config.rounds), options.max_iters * tokens_per_step(options)
-    for row in rows:
-        row["hours"] = total / row["tokens_per_second"] / 3600
-    title = f"Loading alone: tokens per second, and hours for {total / 1e9:.2f} billion tokens"
-    return rows, draw_bars(title, rows, ["tokens_per_second"], "hours", CONSUMERS)
+def loader(config: BenchConfig, options: TrainConfig) -> tuple[dict, dict]:
+    names = (*BY_ROW, *BY_BATCH)
+    sides = {name: (time_loader, name, options, config.seconds) for name in names}
+    title = "Loading alone, in tokens per second (and hours for the whole run)"
+    return sides, dict(title=title, parts=["tokens_per_second"], note="hours", lines=CONSUMERS)
 
 
 # Throughput: a training step and its parts, beside what the machine can compute
@@ -261,7 +257,8 @@ def time_step(options: TrainConfig, seconds: float) -> dict:
     )
     step, once, both, update, data = (time_call(call, device, seconds) for call in calls)
     row = figures(step, tokens, trainer.model) | {"memory_gb": runtime.peak_memory(device) / 1e9}
-    per_token = (once / x.numel(), (both - once) / x.numel(), update / tokens, data / x.numel())
+    n = x.numel()
+    per_token = (once / n, max(0, both - once) / n, update / tokens, data / n)
     return row | {name: 1e6 * t for name, t in zip(PARTS, per_token, strict=True)}
 
 
@@ -287,46 +284,34 @@ def time_nanogpt(folder: str, options: TrainConfig, seconds: float) -> dict:
     return figures(time_call(step, device, seconds), trainer.tokens_per_step, trainer.model)
 
 
-def time_product(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict:
+def time_product(dtype: str, device: torch.device, tiny: bool) -> dict:
     """Time the product of two large matrices: no training step computes faster."""
-    runtime.set_up(device)  # on a GPU float32 becomes TF32
+    runtime.set_up(device)  # on a GPU, float32 becomes TF32
     n = 64 if tiny else 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    a, b = torch.randn(2, n, n, device=device, dtype=runtime.DTYPES[dtype])
     seconds = time_call(lambda: a @ b, device, 3)
     return {"ms": 1e3 * seconds, "gflops": 2 * n**3 / seconds / 1e9}
 
 
-def products(config: BenchConfig, device: torch.device) -> dict[str, tuple]:
-    dtypes = (torch.bfloat16, torch.float32)
-    names = [f"{runtime.dtype_name(dtype)} product" for dtype in dtypes]
-    sides = [(time_product, dtype, device, config.tiny) for dtype in dtypes]
-    return dict(zip(names, sides, strict=True))
-
-
-def add_shares(rows: list[dict]) -> None:
-    """Add to each row its share of the peaks, which are the rows of the matrix products."""
-    for peak in [row for row in rows if row["what"].endswith(" product") and "gflops" in row]:
-        for row in (row for row in rows if "gflops" in row):
-            row[f"of_{peak['what'].split()[0]}"] = row["gflops"] / peak["gflops"]
-
-
-def throughput(config: BenchConfig, options: TrainConfig) -> tuple:
-    sides = {"ours": (time_step, options, config.seconds)}
+def throughput(config: BenchConfig, options: TrainConfig) -> tuple[dict, dict]:
+    device, sides = (
+        runtime.resolve_device(options.device),
+        {"ours": (time_step, options, config.seconds)},
+    )
     if config.nanogpt:
         sides["nanoGPT"] = (time_nanogpt, config.nanogpt, options, config.seconds)
-    sides |= products(config, runtime.resolve_device(options.device))
-    rows = measure(sides, config.rounds)
-    add_shares(rows)
-    return rows, draw_bars("A training step and a matrix product", rows, ["gflops"])
+    for dtype in ("bfloat16", "float32"):
+        sides[f"{dtype} product"] = (time_product, dtype, device, config.tiny)
+    return sides, dict(title="A training step and a matrix product", parts=["gflops"])
 
 
-# Generation: tokens per second of several implementations
+# Generation: ours, nanoGPT's and transformers'
 
 
-def time_writing(side: str, dtype: torch.dtype, B: int, config: BenchConfig, shape) -> dict:
+def time_writing(side: str, dtype: str, B: int, config: BenchConfig, options: TrainConfig) -> dict:
     """Time the writing of new_tokens tokens in each of B sequences."""
-    device, n = runtime.resolve_device(config.device or "auto"), config.new_tokens
-    settings = {"max_new_tokens": n}
+    shape = model_config(replace(options, pad_vocab_to=0), config.vocab_size or 50_257)
+    settings, n = {"max_new_tokens": config.new_tokens}, config.new_tokens
     if side == "transformers":
         from transformers import GPT2Config, GPT2LMHeadModel  # only the tests need this package
 
@@ -335,110 +320,89 @@ def time_writing(side: str, dtype: torch.dtype, B: int, config: BenchConfig, sha
         model = GPT2LMHeadModel(GPT2Config(n_positions=shape.block_size, **sizes))
         settings |= dict(min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
     else:
-        model = build_original(Path(config.nanogpt), shape) if side == "nanoGPT" else gpt.GPT(shape)
-    model = model.to(device, dtype).eval()
+        model = build_original(Path(config.nanogpt), shape) if side == "nanogpt" else gpt.GPT(shape)
+    device = runtime.resolve_device(options.device)
+    model = model.to(device, runtime.DTYPES[dtype]).eval()
     prompt = torch.zeros(B, 1, dtype=torch.int64, device=device)
     with torch.no_grad():
         seconds = time_call(
             lambda: list(model.generate(prompt, **settings)), device, config.seconds
         )
-    reading = sum(p.nbytes for p in model.parameters()) * n / seconds  # all weights for each token
-    return figures(seconds, B * n) | {"gb_of_weights_per_second": reading / 1e9}
+    return {"ms": 1e3 * seconds, "new_tokens_per_second": B * n / seconds}
 
 
-def generate(config: BenchConfig, options: TrainConfig) -> tuple:
-    shape = model_config(replace(options, pad_vocab_to=0), config.vocab_size or 50257)
+def generate(config: BenchConfig, options: TrainConfig) -> tuple[dict, dict]:
     best = runtime.resolve_dtype(options.dtype, runtime.resolve_device(options.device))
     sides = {}
-    for dtype in dict.fromkeys((torch.float32, best)):
+    for dtype in dict.fromkeys(("float32", runtime.dtype_name(best))):
         for side, B in (
             ("ours", 1),
-            ("ours", 8),
             ("transformers", 1),
+            ("nanogpt", 1),
+            ("ours", 8),
             ("transformers", 8),
-            ("nanoGPT", 1),
         ):
-            if side == "ours" or getattr(config, side.lower()):
-                name = f"{side}, {runtime.dtype_name(dtype)}, batch {B}"
-                sides[name] = (time_writing, side, dtype, B, config, shape)
-    rows = measure(sides, config.rounds)
-    return rows, draw_bars("Tokens per second of generation", rows, ["tokens_per_second"])
+            if side == "ours" or getattr(config, side):
+                sides[f"{side}, {dtype}, batch {B}"] = (
+                    time_writing,
+                    side,
+                    dtype,
+                    B,
+                    config,
+                    options,
+                )
+    return sides, dict(title="Generation", parts=["new_tokens_per_second"])
 
 
-# A new GPU: everything in one table
+# A new GPU: the most important things first
 
 
 def train_and_resume(options: TrainConfig, steps: int) -> dict:
-    """Train, save, and compare the next step with that of a run resumed from the checkpoint."""
-    trainer = make_trainer(options)
-    done = [trainer.train_step(step, learning_rate(step, options)) for step in range(steps // 10)]
-    started = runtime.now(trainer.device)
-    for step in range(len(done), steps):
-        done.append(trainer.train_step(step, learning_rate(step, options)))
+    """Train and save. Compare the next step with the same step of a run resumed from there."""
+    trainer, losses = make_trainer(options), []
+    for step in range(steps):
+        if step == steps // 10:  # the first steps are slower
+            started = runtime.now(trainer.device)
+        losses.append(trainer.train_step(step, learning_rate(step, options)))
     seconds = (runtime.now(trainer.device) - started) / (steps - steps // 10)
-    first, last = (trainer.read(done[i])[0] for i in (0, -1))
+    first, last = (trainer.read(losses[i])[0] for i in (0, -1))
     trainer.save_state(steps)
     resumed = make_trainer(replace(options, init_from="resume"))
     for each in (trainer, resumed):
         each.train_step(steps, options.min_lr)
     pairs = zip(trainer.model.parameters(), resumed.model.parameters(), strict=True)
     difference = max((a - b).abs().max().item() for a, b in pairs)
-    resumption = f"differs by {difference:.1g}" if difference else "has the same bits"
-    result = f"loss {first:.2f} to {last:.2f}; saved in {trainer.save_seconds:.1f} s"
     row = figures(seconds, trainer.tokens_per_step, trainer.model)
-    return row | {"result": f"{result}; a resumed step {resumption}"}
+    row["result"] = f"loss {first:.2f} to {last:.2f}; saved in {trainer.save_seconds:.1f} s; "
+    row["result"] += f"resumed: {f'differs by {difference:.1g}' if difference else 'same bits'}"
+    return row
 
 
-def gpu(config: BenchConfig, options: TrainConfig) -> tuple:
-    """Measure the most important things first. No measurement starts after 7 minutes."""
-    started, scratch = time.perf_counter(), Path(options.out_dir)
+def gpu(config: BenchConfig, options: TrainConfig) -> tuple[dict, dict]:
+    scratch, steps = Path(options.out_dir), 10 if config.tiny else 200
     phase3 = read_run(config, PHASE3, config.vocab_size or 32_000, scratch)
     gpt2 = read_run(config, GPT2, config.vocab_size or 50_257, scratch)
     has_data = (Path("data") / options.dataset / "meta.json").is_file()
-    steps, device = 10 if config.tiny else 200, runtime.resolve_device(options.device)
     training = replace(options if has_data else phase3, gradient_accumulation_steps=2)
     training = replace(training, warmup_iters=steps // 10, lr_decay_iters=steps)
-    shape = model_config(phase3, config.vocab_size or 32_000)
-    dtype = runtime.resolve_dtype(options.dtype, device)
+    one_pass = {"gradient_accumulation_steps": 1}
 
-    sides = products(config, device)
+    sides = throughput(config, phase3)[0]
+    del sides["ours"]
     for B in (16, 32, 64):
-        one_pass = replace(phase3, batch_size=B, gradient_accumulation_steps=1)
-        sides[f"phase 3, batch {B}"] = (time_step, one_pass, 2)
-    for name in ("adamw", "muon"):
-        sides[f"{steps} steps, {name}"] = (
-            train_and_resume,
-            replace(training, optimizer=name),
-            steps,
-        )
-    sides["loading, phase 3"] = (time_loader, list(BATCHES)[0], training, 2)
+        sides[f"phase 3, batch {B}"] = (time_step, replace(phase3, batch_size=B, **one_pass), 2)
+    for name, change in (("AdamW", {}), ("Muon", {"optimizer": "muon"})):
+        sides[f"{steps} steps, {name}"] = (train_and_resume, replace(training, **change), steps)
+    sides["loading, phase 3"] = (time_loader, OURS, training, 2)
     for B in (1, 8):
-        sides[f"generation, batch {B}"] = (time_writing, "ours", dtype, B, config, shape)
+        sides[f"generation, batch {B}"] = (time_writing, "ours", "bfloat16", B, config, phase3)
     for B in (8, 16, 32):
-        one_pass = replace(gpt2, batch_size=B, gradient_accumulation_steps=1)
-        sides[f"GPT-2 124M, batch {B}"] = (time_step, one_pass, 2)
+        sides[f"GPT-2 124M, batch {B}"] = (time_step, replace(gpt2, batch_size=B, **one_pass), 2)
     exact = replace(training, deterministic=True)
     sides[f"{steps} steps, deterministic"] = (train_and_resume, exact, steps)
-
-    rows = []
-    for name, side in sides.items():
-        try:
-            if time.perf_counter() - started > 420:
-                raise UserError("not measured: 7 minutes are over")
-            rows += measure({name: side}, rounds=1)
-        except Exception as error:  # such as too little memory: measure the rest
-            rows.append({"what": name, "result": one_line(error)[:80]})
-    add_shares(rows)
-    timed = [row for row in rows if row["what"].startswith("phase 3") and "ms" in row]
-    if timed:
-        total = options.max_iters * tokens_per_step(options)
-        best = max(timed, key=lambda row: row["tokens_per_second"])
-        flops = total * 1e9 * best["gflops"] / best["tokens_per_second"]
-        bill = {"here": total / best["tokens_per_second"]} | preflight.estimate(flops)
-        costs = [f"{name}: {preflight.cost(seconds, 0)}" for name, seconds in bill.items()]
-        name = f"bill for {total / 1e9:.2f} billion tokens; others are estimates"
-        rows.append({"what": name, "result": ", ".join(costs)})
-    return rows, draw_bars("Microseconds per token", rows, PARTS, "tokens_per_second")
+    return sides, dict(
+        title="us per token (and tokens per second)", parts=PARTS, note="tokens_per_second"
+    )
 
 
 # What all of them use
@@ -459,16 +423,11 @@ def time_call(function: Callable, device: torch.device, seconds: float) -> float
     return runtime.median_seconds(function, device, seconds)
 
 
-def tokens_per_step(options: TrainConfig) -> int:
-    return options.gradient_accumulation_steps * options.batch_size * options.block_size
-
-
 def figures(seconds: float, tokens: int, model: gpt.GPT | None = None) -> dict:
-    """Return what a row of the table has for a call that takes `tokens` tokens."""
+    """Return the row of a measurement that takes `seconds` for `tokens` tokens."""
     row = {"ms": 1e3 * seconds, "tokens_per_second": tokens / seconds}
     if model is not None:
-        flops = model.flops_per_token(model.config.block_size)
-        row["gflops"] = flops * row["tokens_per_second"] / 1e9
+        row["gflops"] = model.flops_per_token(model.config.block_size) * tokens / seconds / 1e9
     return row
 
 
@@ -478,16 +437,40 @@ def in_child(function: Callable, *args) -> dict:
         return pool.submit(function, *args).result()
 
 
-def measure(sides: dict[str, tuple], rounds: int) -> list[dict]:
-    """Call the function of each side, in turn, `rounds` times. Returns the row of median time."""
-    results = {name: [] for name in sides}
-    for i in range(rounds):
-        for name, side in sides.items():
-            print(f"round {i + 1} of {rounds}: {name} ...", flush=True)
+def measure(sides: dict[str, tuple], rounds: int, minutes: float = math.inf) -> list[dict]:
+    """Call the function of each side, in turn, `rounds` times. Returns the row of median time.
+
+    With `minutes`, a failure becomes a row, too, and no measurement starts after that time.
+    """
+    started, results = time.perf_counter(), {name: [] for name in sides}
+    for i, (name, side) in itertools.product(range(rounds), sides.items()):
+        print(f"round {i + 1} of {rounds}: {name} ...", flush=True)
+        try:
+            if time.perf_counter() - started > 60 * minutes:
+                raise UserError(f"not measured: {minutes} minutes are over")
             results[name].append(in_child(*side))
-    for rows in results.values():
-        rows.sort(key=lambda row: row["ms"])
-    return [{"what": name} | rows[rounds // 2] for name, rows in results.items()]
+        except Exception as error:  # such as too little memory
+            if minutes == math.inf:
+                raise
+            results[name].append({"result": one_line(error)[:80]})
+    middle = [
+        sorted(rows, key=lambda row: row.get("ms", 0))[rounds // 2] for rows in results.values()
+    ]
+    return [{"what": name} | row for name, row in zip(sides, middle, strict=True)]
+
+
+def compare(rows: list[dict], total: int) -> None:
+    """Add hours for `total` tokens, the speed as a multiple of the first row's, shares of peaks."""
+    peaks = {
+        r["what"].split()[0]: r["gflops"] for r in rows if "product" in r["what"] and "gflops" in r
+    }
+    for row in rows:
+        if "tokens_per_second" in row:
+            row["hours"] = total / row["tokens_per_second"] / 3600
+            if "tokens_per_second" in rows[0]:
+                row["speedup"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+        if "gflops" in row:
+            row |= {f"of_{name}": row["gflops"] / peak for name, peak in peaks.items()}
 
 
 def cell(key: str, value) -> str:
@@ -496,8 +479,7 @@ def cell(key: str, value) -> str:
         return value
     if key.startswith("of_"):
         return f"{value:.0%}"
-    unit = "x" * (key in ("factor", "product"))
-    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}") + unit
+    return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + "x" * (key == "speedup")
 
 
 def table(rows: list[dict]) -> str:
@@ -509,43 +491,42 @@ def table(rows: list[dict]) -> str:
 
 
 def draw_bars(
-    title: str, rows: list[dict], parts: list[str], note: str = "", lines: dict | None = None
+    rows: list[dict], title: str, parts: list[str], note: str = "", lines: dict | None = None
 ):
-    """Return a figure with a bar of stacked `parts` for each row that has them, and a note behind.
+    """Return a figure: for each row that has `parts` a bar of them, with a note behind it.
 
-    `lines` (label to value) are drawn across the bars, on an axis of powers of ten.
+    `lines` (label to value) cross the bars, on an axis of powers of ten.
     """
     from matplotlib.figure import Figure  # takes half a second
 
     rows = [row for row in rows if parts[0] in row]
     figure = Figure(figsize=(9, 1.6 + 0.34 * len(rows)), dpi=150, layout="constrained")
-    axes, ends = figure.subplots(), [0.0] * len(rows)
+    axes, names, ends = figure.subplots(), [row["what"] for row in rows], np.zeros(len(rows))
     for part in parts:
-        axes.barh(range(len(rows)), [row[part] for row in rows], left=ends, label=part)
-        ends = [end + row[part] for end, row in zip(ends, rows, strict=True)]
-    for i, (end, row) in enumerate(zip(ends, rows, strict=True)):
-        text = f" {cell('', end)}" + f" ({cell(note, row[note])})" * (note in row)
-        axes.annotate(text, (end, i), va="center", fontsize=9)
-    axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
-    axes.invert_yaxis()
-    axes.margins(x=0.25)
+        lengths = [row[part] for row in rows]
+        axes.barh(names, lengths, left=ends, label=part.replace("_", " "))
+        ends += lengths
+    for name, end, row in zip(names, ends, rows, strict=True):
+        behind = f" ({cell(note, row[note])}{' h' * (note == 'hours')})" if note else ""
+        axes.annotate(f" {cell('', end)}{behind}", (end, name), va="center", fontsize=9)
     for i, (label, value) in enumerate((lines or {}).items()):
-        axes.set_xscale("log")
         axes.axvline(value, color=f"C{i + 1}", ls="--", label=label)
-    if lines or len(parts) > 1:
-        axes.legend()
-    axes.set(title=title, xlabel=parts[0].replace("_", " ") if len(parts) == 1 else "us")
+        axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.margins(x=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(title)
     return figure
 
 
-def machine(options: TrainConfig, shape) -> dict:
+def describe(config: BenchConfig, options: TrainConfig) -> dict:
     """Return what the figures depend on."""
     device, info = runtime.resolve_device(options.device), Path("/proc/cpuinfo")
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif info.exists():
-        name = re.search(r"model name\s*: (.+)|$", info.read_text())[1] or name
+        name = re.search(r"model name\s*: (.+)|$", info.read_text(encoding="utf-8"))[1] or name
     names = (
         "batch_size",
         "gradient_accumulation_steps",
@@ -554,6 +535,7 @@ def machine(options: TrainConfig, shape) -> dict:
         "n_head",
         "n_embd",
     )
+    names += ("max_iters", "optimizer", "dtype")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": f"python -m tools.bench {' '.join(sys.argv[1:])}",
@@ -564,17 +546,27 @@ def machine(options: TrainConfig, shape) -> dict:
 
 
 def main(config: BenchConfig) -> None:
-    benchmarks = dict(
-        ladder=ladder, loader=loader, throughput=throughput, generate=generate, gpu=gpu
-    )
+    benchmarks = (ladder, loader, throughput, generate, gpu)
+    benchmark = {function.__name__: function for function in benchmarks}[config.what]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         path = config.config or RUNS[config.what]
         options = read_run(config, path, config.vocab_size, Path(scratch))
-        about = machine(options)
-        rows, figure = benchmarks[config.what](config, options)
+        about = describe(config, options)
+        sides, chart = benchmark(config, options)
+        rows = measure(sides, 1, 7) if config.what == "gpu" else measure(sides, config.rounds)
+    total = (
+        options.max_iters
+        * options.gradient_accumulation_steps
+        * options.batch_size
+        * options.block_size
+    )
+    compare(rows, total)
+    if config.what == "gpu":
+        flops = gpt_flops
     to = Path(config.to) / config.what
     with atomic_write(to.with_suffix(".jsonl")) as file:
         file.writelines(json.dumps(record).encode() + b"\n" for record in (about, *rows))
+    figure = draw_bars(rows, **chart)
     figure.supxlabel(f"{about['machine']}, {about['date']}", fontsize=7, color="0.4")
     save_figure(figure, to.with_suffix(".png"))
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
