@@ -8,6 +8,7 @@
 One file after the other (a shard) is downloaded, cleaned, tokenized, appended to the token files
 and deleted. After an interruption, the same command continues and gives the same bytes. Documents
 are kept whole and end with <|endoftext|>; repeated documents are dropped.
+The environment variable HF_ENDPOINT names a mirror of the Hugging Face hub.
 """
 
 import json
@@ -49,7 +50,7 @@ class PrepareConfig:
     """Prepare web text, or your own text, for a model of BPE tokens."""
 
     # what to read
-    source: Literal["openwebtext", "fineweb-edu"] = "openwebtext"  # on HF_ENDPOINT, the hub
+    source: Literal["openwebtext", "fineweb-edu"] = "openwebtext"  # on the Hugging Face hub
     input: str = ""  # your files or folders instead, comma-separated
     column: str = "text"  # column of parquet files, key in jsonl files
     size: str = ""  # 250MB, 12GB, all; '': 250MB of a source, all of input

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ from support.data import Dataset, Tokens, gather, random_offsets
 from support.log import Log, claim_folder, describe
 from support.optimizers import make_optimizers
 from support.processes import Processes
-from support.start import OWN, model_config, restore, starting_point
+from support.start import model_config, restore, starting_point
 
 
 @dataclass(frozen=True)
@@ -370,15 +370,14 @@ def evaluate_and_save(trainer: Trainer, log: Log, step: int, last: bool) -> bool
 
 def main(config: TrainConfig) -> None:
     """Train, check or evaluate, as the options say."""
-    if config.preflight and config.init_from in OWN:
-        config = replace(config, init_from="scratch")
+    if config.preflight:
+        config = preflight.begin(config)
     memory = runtime.explain_out_of_memory(config.batch_size, config.gradient_accumulation_steps)
     with Processes(config.device, config.backend) as processes, memory:
         runtime.set_up(processes.device, config.deterministic)
         trainer = Trainer(config, processes)
         if config.preflight:
-            if not preflight.run_checks(trainer):
-                raise UserError("preflight: a check failed; correct it before a long run")
+            preflight.run_checks(trainer)
         elif config.eval_only:
             train_loss, val_loss = trainer.evaluate()
             if processes.is_first:

@@ -53,7 +53,7 @@ def lock_folder(folder: Path, seconds: float = 0) -> Iterator[None]:
     folder, which may be moved meanwhile. The system releases it when the process ends or is killed.
     """
     folder = folder.resolve()
-    path = folder.with_name(f".{folder.name}.lock")
+    path = folder.parent / f".{folder.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:

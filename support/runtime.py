@@ -74,13 +74,13 @@ def set_up(device: torch.device, deterministic: bool = False) -> None:
     if device.type == "cuda":
         # TF32 for products of float32: eight times as fast on an A100 (NVIDIA's data sheet).
         torch.set_float32_matmul_precision("high")
-    elif device.type == "cpu":
-        # Otherwise a compiled sum over embeddings adds in any order.
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # only finds bugs, and costs time
-        )
+    if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cpu" or deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for this
+        torch.use_deterministic_algorithms(True)
+        # Filling new tensors finds bugs, but costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def keep_freed_memory() -> None:

@@ -21,9 +21,8 @@ AGAIN = "prepare the data set again"
 # GPT-2 first splits text into words, then merges bytes inside each word: no token spans two words
 # (https://github.com/openai/gpt-2/blob/master/src/encoder.py, `self.pat`).
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Text is encoded in pieces of at most 500,000 characters: one word of 200 MB would take 3 GB of
-# memory. A piece ends before a space that follows a word, where the pattern splits anyway; only a
-# longer text without such a place is cut elsewhere.
+# Text is encoded in pieces, because one word of 200 MB would take 3 GB of memory. A piece ends
+# before a space that follows a word, where the pattern splits anyway, or after 500,000 characters.
 PIECES = re.compile(r".{1,500000}(?:(?<=\S)(?= )|\Z)|.{1,500000}", re.DOTALL)
 # Characters of every kind that a pattern may treat differently, to find a pattern with gaps.
 PROBE = "It's 12 a_b\t!?\r\n\n  \0\x7f\xa0\xe9e\u0301\u0e01\u4f60\u2028\xbd\u20ac\U0001f600 end\n"
@@ -136,7 +135,9 @@ class BPETokenizer(Tokenizer):
             ids = np.concatenate([encode(piece, **options) for piece in pieces])
             if self.token_bytes[ids].sum() != len(text.encode()):  # tiktoken itself says nothing
                 raise ValueError(f"the pattern {self.pattern[:60]!r} skips characters")
-        except ValueError as error:  # also for a pattern that needs too much time or memory
+        except BaseException as error:  # a pattern may need too much memory; some make Rust panic
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+                raise
             reason = f"{one_line(error)[:150]} (text {text[:30]!r})"
             raise UserError(f"BPE tokenizer: {reason}; {AGAIN}") from error
         return ids

@@ -1,40 +1,41 @@
-"""What the tests share: the top-level files on the path, and one small data set and run."""
+"""What the tests share: one small data set and run, damage to files, a local server."""
 
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+import prepare_shakespeare
+import train
+from configurator import UserError, one_line
+from support import download
+from support.checkpoint import load_checkpoint
+from support.log import read_log
+from support.processes import Processes
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # for the programs that tests start
 
-for name in (
-    "SIGINT",
-    "SIGHUP",
-):  # in the background these are ignored, also by the programs that tests start
-    if hasattr(signal, name):
-        signal.signal(
-            getattr(signal, name),
-            signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL,
-        )
+# A shell ignores these two in the background, and so would all programs that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-TEXT = "".join(
-    f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(10)
-)  # 18 characters
+# 18 different characters
+TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(10))
 
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch) -> Path:
-    """The folder data/tiny, made from TEXT; the working directory is the one that holds data/."""
-    import prepare_shakespeare
-
+    """The folder data/tiny, prepared from TEXT. The working directory is the parent of data/."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.txt").write_text(TEXT, encoding="utf-8")
     prepare_shakespeare.main(prepare_shakespeare.PrepareConfig(input="tiny.txt", dataset="tiny"))
@@ -43,9 +44,7 @@ def dataset(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def tiny_run(dataset):
-    """A function: train a tiny model with these options changed; returns its folder."""
-    import train
-
+    """A function: train a tiny model, with some options changed, and return the run's folder."""
     options = dict(
         dataset="tiny",
         out_dir="out/tiny",
@@ -73,20 +72,105 @@ def tiny_run(dataset):
     return run
 
 
-class Server(ThreadingHTTPServer):
-    """A server on this machine that has `files` and, as the hub does, answers ranges.
+@pytest.fixture
+def tiny_trainer(tiny_run):
+    """A function: return a Trainer with the options of tiny_run, some of them changed."""
 
-    `faults` are put into its answers, one an answer, in this order, until none is left:
+    def make(**changed) -> train.Trainer:
+        return train.Trainer(train.TrainConfig(**{**tiny_run.options, **changed}), Processes("cpu"))
+
+    return make
+
+
+def options(tiny_run, **changed) -> list[str]:
+    """Return the arguments of train.py for a tiny run."""
+    return [f"--{name}={value}" for name, value in {**tiny_run.options, **changed}.items()]
+
+
+def logged(out_dir: Path) -> list[dict]:
+    """Return the records of a run, without what depends on the clock."""
+    clock = {"seconds", "tokens_per_second"}
+    records = read_log(out_dir / "log.jsonl")
+    return [{k: v for k, v in record.items() if k not in clock} for record in records]
+
+
+def weights(out_dir: Path) -> dict:
+    return load_checkpoint(out_dir / "ckpt.pt")[1]["model"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Assert that weights, optimizer states and logs of two runs are equal to the last bit."""
+    first, second = (load_checkpoint(path / "ckpt.pt")[1] for path in (a, b))
+    for name in ("model", "optimizers", "scaler", "step", "best_val_loss", "evaluated_step"):
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+    assert logged(a) == logged(b)
+
+
+# Damaged files. A test with @many_examples runs with 60 of them, and its slow twin with 600.
+
+
+def examples(count: int) -> settings:
+    return settings(
+        max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    )
+
+
+many_examples = pytest.mark.parametrize(
+    "fuzz", [examples(60), pytest.param(examples(600), marks=pytest.mark.slow)], ids=["60", "600"]
+)
+places = st.floats(0, 1, exclude_max=True)  # as a part of the file's length
+damages = st.one_of(
+    st.tuples(st.just("cut"), places),
+    st.tuples(st.just("flip"), places),
+    st.tuples(st.just("random"), st.binary(max_size=300)),
+)
+
+
+def damaged(content: bytes, damage: tuple) -> bytes:
+    """Return `content` cut short, with one bit flipped, or replaced by random bytes."""
+    kind, value = damage
+    if kind == "random":
+        return value
+    if kind == "cut":
+        return content[: int(value * len(content))]
+    bit = int(value * len(content) * 8)
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+# JSON values that a program does not expect
+odd_values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from([10**30, -1, 0, float("nan"), float("inf"), [], {}, [1], {"a": 1}]),
+)
+
+
+def or_user_error(read):
+    """Return read(), or None if it raised a UserError. Any other error fails the test."""
+    try:
+        return read()
+    except UserError as error:
+        assert str(error) and "\n" not in one_line(error)
+        return None
+
+
+class Server(ThreadingHTTPServer):
+    """A server on this machine that serves `files` and, like the hub, parts of files.
+
+    Each answer takes the next of `faults`, until none is left:
 
         an integer   that status instead of the file
         "cut"        the connection ends in the middle of the body
         "long"       Content-Length promises more than comes
-        "extra"      the answer has bytes that are not of the file, and a Content-Length to match
-        "ignore"     the whole file, whatever range was asked for
-        "shift"      another range than was asked for
-        "part"       half of what was asked for, and says so
+        "extra"      bytes after the end of the file, with a Content-Length to match
+        "ignore"     the whole file instead of the requested range
+        "shift"      a Content-Range other than the requested one
+        "part"       half of the requested range, with a Content-Length to match
         "silent"     no Content-Length
-        "wrong"      one byte of the body is another
+        "wrong"      one wrong byte in the body
     """
 
     daemon_threads = True
@@ -154,13 +238,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    from support import download
-
     monkeypatch.setattr(download, "PAUSE", 0.0)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

@@ -6,11 +6,11 @@
     python -m tools.bench generate --nanogpt=../nanoGPT --transformers
     python -m tools.bench gpu           # everything to measure on a new GPU, in 8 minutes
 
-Every measurement runs in a process of its own, so nothing that one leaves behind changes the next.
-All sides are measured in turn, `rounds` times: a machine that slows down slows all of them. The
-table shows medians. Without the data set of a run, --vocab_size measures on random tokens.
+Every measurement runs in its own process, so none changes the next. All sides are measured in turn,
+`rounds` times, so that a machine that slows down slows all of them. The table shows medians.
 """
 
+import itertools
 import json
 import math
 import platform
@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import model as gpt
@@ -40,6 +39,7 @@ from support.files import atomic_write
 from support.nanogpt import build_original
 from support.pictures import markdown_table, save_figure
 from support.processes import Processes
+from support.runtime import median_seconds, resolve_device
 from support.start import model_config
 from support.tokenizer import CharTokenizer
 from train import TrainConfig, Trainer, learning_rate
@@ -48,7 +48,7 @@ PHASE2, PHASE3, GPT2 = (f"config/{name}.py" for name in ("phase2_bpe", "phase3_g
 RUNS = dict(ladder=PHASE2, loader=PHASE3, throughput=PHASE2, generate=GPT2, gpu=PHASE3)
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=2, compile=False)
 # Tokens per second that training phase 3 takes: estimated from the generated code, not measured.
-CONSUMERS = {"one A100 (estimate)": 205_000, "one H100 (estimate)": 440_000}
+CONSUMERS = {"one A100 trains (estimate)": 205_000, "one H100 trains (estimate)": 440_000}
 PARTS = ["forward_us", "backward_us", "optimizer_us", "data_us"]  # microseconds per token
 
 
@@ -56,7 +56,6 @@ PARTS = ["forward_us", "backward_us", "optimizer_us", "data_us"]  # microseconds
 class BenchConfig:
     """Measure speed: python -m tools.bench ladder, loader, throughput, generate or gpu."""
 
-    # measurement
     what: Literal["ladder", "loader", "throughput", "generate", "gpu"] = "ladder"  # what to measure
     rounds: int = 3  # measurements of each side (gpu: one)
     seconds: float = 10.0  # a measurement starts no call after that
@@ -77,7 +76,8 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check_range(self, 1, 1 << 20, "rounds", "new_tokens")
-        check_range(self, 0, 1 << 16, "vocab_size", "seconds")
+        check_range(self, 0, 1 << 16, "vocab_size")
+        check_range(self, 0.001, 3600, "seconds")
 
 
 def read_run(config: BenchConfig, path: str, vocab_size: int, scratch: Path) -> TrainConfig:
@@ -94,8 +94,6 @@ def read_run(config: BenchConfig, path: str, vocab_size: int, scratch: Path) -> 
 
 
 # Ladder: one training step, from a naive one to ours
-
-
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """Return attention, (..., T, hs), as formula 1 of Vaswani et al. 2017 is written."""
     T, hs = q.shape[-2:]
@@ -116,60 +114,37 @@ def plain_gelu(x: Tensor, form: str = "tanh") -> Tensor:
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """AdamW that updates one parameter after the other. It can not skip a step on the device."""
+    """AdamW that never skips a step: only the fused one can be told to on the device."""
 
     def step(self) -> None:
         self.found_inf = None
         super().step()
 
 
-NAIVE = dict(attention=head_by_head, gelu=plain_gelu, dtype="float32")
-NAIVE |= dict(set_up=False, fused=False, compile=False)
-RUNGS = {  # each one changes one thing; None: as in the run
-    "naive": {},
-    "all heads in one product": {"attention": plain_attention},
-    "GELU in one kernel": {"gelu": gpt.gelu},
-    "the dtype of the run instead of float32": {"dtype": None},
-    "the attention of model.py": {"attention": gpt.attention},
-    "freed memory kept for the next step": {"set_up": True},  # only on a CPU
-    "AdamW in one kernel": {"fused": True},
-    "torch.compile": {"compile": None},
+FAST = dict(attention=gpt.attention, gelu=gpt.gelu, set_up=True, fused=True)
+NAIVE = dict(attention=head_by_head, gelu=plain_gelu, set_up=False, fused=False)
+RUNGS = {  # what each rung changes
+    "naive": NAIVE | dict(dtype="float32", compile=False),
+    "all heads at once": dict(attention=plain_attention),
+    "GELU in one kernel": dict(gelu=gpt.gelu),
+    "bfloat16 instead of float32": dict(dtype=None),  # where the device has it
+    "the attention of model.py": dict(attention=gpt.attention),
+    "freed memory kept for the next step": dict(set_up=True),  # on a CPU
+    "AdamW in one kernel": dict(fused=True),
+    "torch.compile": dict(compile=None),
 }
 
 
-def trainer_in(way: dict, options: TrainConfig) -> Trainer:
-    """Return a Trainer that computes in this way. It changes model.py in this process for good."""
-    gpt.attention, gpt.gelu = way["attention"], way["gelu"]
-    changes = {name: way[name] for name in ("dtype", "compile") if way[name] is not None}
-    trainer = make_trainer(replace(options, **changes), way["set_up"])
-    if not way["fused"]:
-        plain = {"fused": False, "foreach": False}
-        groups = [group | plain for o in trainer.optimizers for group in o.param_groups]
-        trainer.optimizers = [PlainAdamW(groups)]
-    return trainer
-
-
-def time_way(way: dict, options: TrainConfig, seconds: float) -> dict:
-    """Time a training step whose batches are at hand."""
-    trainer = trainer_in(way, options)
-    batches = [trainer.micro_batch(0, micro) for micro in trainer.micros]
-    step = partial(trainer.train_step, 0, options.learning_rate, batches=batches)
-    return figures(time_call(step, trainer.device, seconds), trainer.tokens_per_step)
-
-
-def ladder(config: BenchConfig, options: TrainConfig) -> tuple[dict, dict]:
+def ladder(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
     options = replace(options, optimizer="adamw")  # Muon computes something else: it is no rung
-    sides, way = {}, NAIVE
+    sides, way = {}, {}
     for name, change in RUNGS.items():
         way = way | change
-        sides[name] = (time_way, way, options, config.seconds)
-    title = "A training step, one change per rung (speed, and how often the naive speed)"
-    return sides, dict(title=title, parts=["tokens_per_second"], note="speedup")
+        sides[name] = (time_step, partial(make_trainer, options, **way), config.seconds)
+    return sides, ("A training step, one change per rung: us per token", PARTS, "speedup")
 
 
 # Loader: ways to load a batch, from naive to ours
-
-
 class Source:
     """The same token ids as text, as files of two dtypes, and in memory."""
 
@@ -177,7 +152,7 @@ class Source:
         data = Dataset(Path("data") / options.dataset, options.block_size)
         self.T, self.tokenizer, self.tokens = options.block_size, data.tokenizer, data.train
         ids = np.array(data.train.open()[:2_000_000])
-        self.text, self.n_tokens = self.tokenizer.decode(ids.tolist()), len(ids)
+        self.text = self.tokenizer.decode(ids.tolist())
         ids.astype(np.int64).tofile(folder / "int64.bin")
         self.int64 = np.memmap(folder / "int64.bin", np.int64, mode="r")
         self.uint16 = np.memmap(data.train.path, "<u2", mode="r")
@@ -186,7 +161,7 @@ class Source:
 
 def tokenize(source: Source, offset: int) -> list[int]:
     """Return T + 1 ids of the text at about `offset`: 16 characters per token are enough."""
-    start = int(offset / source.n_tokens * (len(source.text) - 16 * source.T))
+    start = int(offset / len(source.int64) * (len(source.text) - 16 * source.T))
     return source.tokenizer.encode(source.text[start : start + 16 * source.T])[: source.T + 1]
 
 
@@ -197,91 +172,73 @@ def prefetch(source: Source, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return ready.result()
 
 
-BY_ROW = {  # functions of a Source and one offset: T + 1 ids
-    "text, tokenized in each step": tokenize,
-    "int64, id by id in Python": lambda s, at: [int(s.int64[at + t]) for t in range(s.T + 1)],
-    "int64, a slice per sequence": lambda s, at: s.int64[at : at + s.T + 1],
-    "uint16, a slice per sequence": lambda s, at: s.uint16[at : at + s.T + 1],
-}
 OURS = "uint16, one gather (train.py)"
-BY_BATCH = {  # functions of a Source and all offsets: x and y, (B, T) each
-    OURS: lambda s, offsets: gather(s.tokens, offsets, s.T),
+LOADERS = {  # functions of a Source and offsets, (B,): a list of ids, (B, T + 1), or x and y
+    "text, tokenized in each step": lambda s, o: [[tokenize(s, i) for i in o]],
+    "int64, id by id": lambda s, o: [[[int(s.int64[i + t]) for t in range(s.T + 1)] for i in o]],
+    "int64, a slice per sequence": lambda s, o: [[s.int64[i : i + s.T + 1] for i in o]],
+    "uint16, a slice per sequence": lambda s, o: [[s.uint16[i : i + s.T + 1] for i in o]],
+    OURS: lambda s, o: gather(s.tokens, o, s.T),
     "the same, a batch ahead in a thread": prefetch,
 }
 
 
 def load(name: str, source: Source, offsets: np.ndarray) -> list[Tensor]:
-    """Return inputs and targets, (B, T) each, of the sequences at `offsets`."""
-    if name in BY_BATCH:
-        return [torch.from_numpy(ids) for ids in BY_BATCH[name](source, offsets)]
-    rows = [BY_ROW[name](source, offset) for offset in offsets]
-    windows = torch.from_numpy(np.array(rows, dtype=np.int64))
-    return [windows[:, :-1], windows[:, 1:]]
+    return [torch.from_numpy(np.asarray(ids, np.int64)) for ids in LOADERS[name](source, offsets)]
 
 
 def time_loader(name: str, options: TrainConfig, seconds: float) -> dict:
-    """Time one way to bring the batch of a forward pass to the device."""
-    device, sizes = runtime.resolve_device(options.device), (options.batch_size, options.block_size)
+    """Time one of LOADERS, until the batch of a forward pass is on the device."""
+    device, B, T = resolve_device(options.device), options.batch_size, options.block_size
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         source = Source(options, Path(folder))
-        offsets = random_offsets(options.seed, 0, sizes[0], source.n_tokens, sizes[1])
-        call = lambda: [ids.to(device) for ids in load(name, source, offsets)]  # noqa: E731
-        return figures(time_call(call, device, seconds), math.prod(sizes))
+        offsets = random_offsets(options.seed, 0, B, len(source.int64), T)
+        batch = partial(load, name, source, offsets)
+        seconds = median_seconds(lambda: [ids.to(device) for ids in batch()], device, seconds)
+    return {"ms": 1e3 * seconds, "tokens_per_second": B * T / seconds}
 
 
-def loader(config: BenchConfig, options: TrainConfig) -> tuple[dict, dict]:
-    names = (*BY_ROW, *BY_BATCH)
-    sides = {name: (time_loader, name, options, config.seconds) for name in names}
-    title = "Loading alone, in tokens per second (and hours for the whole run)"
-    return sides, dict(title=title, parts=["tokens_per_second"], note="hours", lines=CONSUMERS)
+def loader(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
+    sides = {name: (time_loader, name, options, config.seconds) for name in LOADERS}
+    title = "Loading alone: tokens per second, and hours for all tokens of the run"
+    return sides, (title, ["tokens_per_second"], "hours")
 
 
-# Throughput: a training step and its parts, beside what the machine can compute
-
-
-def time_step(options: TrainConfig, seconds: float) -> dict:
-    """Time a training step and its parts."""
-    trainer = make_trainer(options)
+# Throughput: a training step, beside what the machine can compute
+def time_step(make: Callable[[], Trainer], seconds: float) -> dict:
+    """Time a training step of the Trainer that make() returns, and the parts of the step."""
+    trainer = make()
     device, (x, y), tokens = trainer.device, trainer.micro_batch(0, 0), trainer.tokens_per_step
 
     def forward() -> Tensor:
         with runtime.autocast(device, trainer.dtype):
             return trainer.step_model(x, y)[1]
 
-    calls = (
-        partial(trainer.train_step, 0, options.learning_rate),
-        forward,
-        lambda: forward().backward(),
-        lambda: [optimizer.step() for optimizer in trainer.optimizers],
-        partial(trainer.micro_batch, 0, 0),
-    )
-    step, once, both, update, data = (time_call(call, device, seconds) for call in calls)
-    row = figures(step, tokens, trainer.model) | {"memory_gb": runtime.peak_memory(device) / 1e9}
-    n = x.numel()
-    per_token = (once / n, max(0, both - once) / n, update / tokens, data / n)
-    return row | {name: 1e6 * t for name, t in zip(PARTS, per_token, strict=True)}
+    calls = [partial(trainer.train_step, 0, trainer.config.learning_rate), forward]
+    calls.append(lambda: forward().backward())
+    calls.append(lambda: [optimizer.step() for optimizer in trainer.optimizers])
+    calls.append(lambda: trainer.micro_batch(0, 0))
+    step, once, both, update, data = (median_seconds(call, device, seconds) for call in calls)
+    parts = (once / x.numel(), max(0, both - once) / x.numel(), update / tokens, data / x.numel())
+    gflops = trainer.model.flops_per_token(x.size(1)) * tokens / step / 1e9
+    row = {"ms": 1e3 * step, "tokens_per_second": tokens / step, "gflops": gflops}
+    row["memory_gb"] = runtime.peak_memory(device) / 1e9
+    return row | {name: 1e6 * t for name, t in zip(PARTS, parts, strict=True)}
 
 
-def time_nanogpt(folder: str, options: TrainConfig, seconds: float) -> dict:
-    """Time a step of nanoGPT's model and optimizer; on a CPU in float32, as its README says."""
-    trainer = make_trainer(replace(options, compile=False), set_up=False)  # for the batches
-    device, on_gpu = trainer.device, trainer.device.type != "cpu"
-    model = build_original(Path(folder), trainer.model.config).to(device)
+def make_nanogpt(options: TrainConfig, folder: str) -> Trainer:
+    """Return a Trainer of nanoGPT's model and optimizer; on a CPU as its README says: float32."""
+    on_cpu = resolve_device(options.device).type == "cpu"
+    way = dict(dtype="float32", set_up=False) if on_cpu else {}
+    trainer = make_trainer(options, **way, compile=False)
+    model = build_original(Path(folder), trainer.model.config).to(trainer.device)
+    model.flops_per_token = trainer.model.flops_per_token
     rates = (options.weight_decay, options.learning_rate, (options.beta1, options.beta2))
-    optimizer = model.configure_optimizers(*rates, device.type)
-    batches = [trainer.micro_batch(0, micro) for micro in trainer.micros]
-    forward = torch.compile(model) if on_gpu else model
-
-    def step() -> None:
-        for x, y in batches:
-            with runtime.autocast(device, trainer.dtype if on_gpu else torch.float32):
-                loss = forward(x, y)[1] / len(batches)
-            loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return figures(time_call(step, device, seconds), trainer.tokens_per_step, trainer.model)
+    groups = model.configure_optimizers(*rates, trainer.device.type).param_groups
+    groups = [group | {"initial_lr": options.learning_rate} for group in groups]
+    trainer.model, trainer.optimizers = model, [PlainAdamW(groups)]
+    trainer.step_model = model if on_cpu else torch.compile(model)
+    return trainer
 
 
 def time_product(dtype: str, device: torch.device, tiny: bool) -> dict:
@@ -289,146 +246,110 @@ def time_product(dtype: str, device: torch.device, tiny: bool) -> dict:
     runtime.set_up(device)  # on a GPU, float32 becomes TF32
     n = 64 if tiny else 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device, dtype=runtime.DTYPES[dtype])
-    seconds = time_call(lambda: a @ b, device, 3)
+    seconds = median_seconds(lambda: a @ b, device)
     return {"ms": 1e3 * seconds, "gflops": 2 * n**3 / seconds / 1e9}
 
 
-def throughput(config: BenchConfig, options: TrainConfig) -> tuple[dict, dict]:
-    device, sides = (
-        runtime.resolve_device(options.device),
-        {"ours": (time_step, options, config.seconds)},
-    )
+def throughput(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
+    device, makers = resolve_device(options.device), {"ours": partial(make_trainer, options)}
     if config.nanogpt:
-        sides["nanoGPT"] = (time_nanogpt, config.nanogpt, options, config.seconds)
+        makers["nanoGPT"] = partial(make_nanogpt, options, config.nanogpt)
+    sides = {name: (time_step, make, config.seconds) for name, make in makers.items()}
     for dtype in ("bfloat16", "float32"):
         sides[f"{dtype} product"] = (time_product, dtype, device, config.tiny)
-    return sides, dict(title="A training step and a matrix product", parts=["gflops"])
+    return sides, ("GFLOPS of a training step and of a matrix product", ["gflops"], "gflops")
 
 
-# Generation: ours, nanoGPT's and transformers'
-
-
+# Generation, with a cache of keys and values
 def time_writing(side: str, dtype: str, B: int, config: BenchConfig, options: TrainConfig) -> dict:
     """Time the writing of new_tokens tokens in each of B sequences."""
-    shape = model_config(replace(options, pad_vocab_to=0), config.vocab_size or 50_257)
-    settings, n = {"max_new_tokens": config.new_tokens}, config.new_tokens
+    c = model_config(replace(options, pad_vocab_to=0), config.vocab_size or 50_257)
+    n, device, settings = config.new_tokens, resolve_device(options.device), {}
     if side == "transformers":
         from transformers import GPT2Config, GPT2LMHeadModel  # only the tests need this package
 
-        names = ("vocab_size", "n_layer", "n_head", "n_embd")
-        sizes = {name: getattr(shape, name) for name in names}
-        model = GPT2LMHeadModel(GPT2Config(n_positions=shape.block_size, **sizes))
-        settings |= dict(min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
+        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size)
+        model = GPT2LMHeadModel(GPT2Config(c.vocab_size, **sizes))
+        settings = dict(min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
     else:
-        model = build_original(Path(config.nanogpt), shape) if side == "nanogpt" else gpt.GPT(shape)
-    device = runtime.resolve_device(options.device)
+        model = gpt.GPT(c) if side == "ours" else build_original(Path(config.nanogpt), c)
     model = model.to(device, runtime.DTYPES[dtype]).eval()
     prompt = torch.zeros(B, 1, dtype=torch.int64, device=device)
     with torch.no_grad():
-        seconds = time_call(
-            lambda: list(model.generate(prompt, **settings)), device, config.seconds
-        )
+        write = partial(model.generate, prompt, max_new_tokens=n, **settings)
+        seconds = median_seconds(lambda: list(write()), device, config.seconds)
     return {"ms": 1e3 * seconds, "new_tokens_per_second": B * n / seconds}
 
 
-def generate(config: BenchConfig, options: TrainConfig) -> tuple[dict, dict]:
-    best = runtime.resolve_dtype(options.dtype, runtime.resolve_device(options.device))
+def generate(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
+    best = runtime.resolve_dtype(options.dtype, resolve_device(options.device))
+    dtypes = dict.fromkeys(("float32", runtime.dtype_name(best)))
+    names = [n for n in ("ours", "transformers", "nanogpt") if n == "ours" or getattr(config, n)]
     sides = {}
-    for dtype in dict.fromkeys(("float32", runtime.dtype_name(best))):
-        for side, B in (
-            ("ours", 1),
-            ("transformers", 1),
-            ("nanogpt", 1),
-            ("ours", 8),
-            ("transformers", 8),
-        ):
-            if side == "ours" or getattr(config, side):
-                sides[f"{side}, {dtype}, batch {B}"] = (
-                    time_writing,
-                    side,
-                    dtype,
-                    B,
-                    config,
-                    options,
-                )
-    return sides, dict(title="Generation", parts=["new_tokens_per_second"])
+    for dtype, B, name in itertools.product(dtypes, (1, 8), names):
+        sides[f"{name}, {dtype}, batch {B}"] = (time_writing, name, dtype, B, config, options)
+    return sides, ("Tokens per second written", ["new_tokens_per_second"], "new_tokens_per_second")
 
 
-# A new GPU: the most important things first
-
-
+# GPU: all of the above on a new GPU, and a short training
 def train_and_resume(options: TrainConfig, steps: int) -> dict:
-    """Train and save. Compare the next step with the same step of a run resumed from there."""
-    trainer, losses = make_trainer(options), []
-    for step in range(steps):
-        if step == steps // 10:  # the first steps are slower
-            started = runtime.now(trainer.device)
-        losses.append(trainer.train_step(step, learning_rate(step, options)))
-    seconds = (runtime.now(trainer.device) - started) / (steps - steps // 10)
-    first, last = (trainer.read(losses[i])[0] for i in (0, -1))
+    """Train and save. Then compare a step with the same step of a run that resumed there."""
+    trainer = make_trainer(options)
+    started = runtime.now(trainer.device)
+    done = [trainer.train_step(step, learning_rate(step, options)) for step in range(steps)]
+    seconds = (runtime.now(trainer.device) - started) / steps
+    first, last = (trainer.read(done[i])[0] for i in (0, -1))
     trainer.save_state(steps)
     resumed = make_trainer(replace(options, init_from="resume"))
     for each in (trainer, resumed):
         each.train_step(steps, options.min_lr)
     pairs = zip(trainer.model.parameters(), resumed.model.parameters(), strict=True)
     difference = max((a - b).abs().max().item() for a, b in pairs)
-    row = figures(seconds, trainer.tokens_per_step, trainer.model)
-    row["result"] = f"loss {first:.2f} to {last:.2f}; saved in {trainer.save_seconds:.1f} s; "
-    row["result"] += f"resumed: {f'differs by {difference:.1g}' if difference else 'same bits'}"
-    return row
+    same = f"differs by {difference:.1g}" if difference else "has the same bits"
+    result = f"loss {first:.2f} to {last:.2f}; saved in {trainer.save_seconds:.1f} s; "
+    result += f"a resumed step {same}"
+    speed = trainer.tokens_per_step / seconds
+    return {"ms": 1e3 * seconds, "tokens_per_second": speed, "result": result}
 
 
-def gpu(config: BenchConfig, options: TrainConfig) -> tuple[dict, dict]:
+def gpu(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
     scratch, steps = Path(options.out_dir), 10 if config.tiny else 200
     phase3 = read_run(config, PHASE3, config.vocab_size or 32_000, scratch)
     gpt2 = read_run(config, GPT2, config.vocab_size or 50_257, scratch)
     has_data = (Path("data") / options.dataset / "meta.json").is_file()
     training = replace(options if has_data else phase3, gradient_accumulation_steps=2)
     training = replace(training, warmup_iters=steps // 10, lr_decay_iters=steps)
-    one_pass = {"gradient_accumulation_steps": 1}
-
-    sides = throughput(config, phase3)[0]
+    sides = throughput(replace(config, nanogpt=""), phase3)[0]
     del sides["ours"]
-    for B in (16, 32, 64):
-        sides[f"phase 3, batch {B}"] = (time_step, replace(phase3, batch_size=B, **one_pass), 2)
-    for name, change in (("AdamW", {}), ("Muon", {"optimizer": "muon"})):
-        sides[f"{steps} steps, {name}"] = (train_and_resume, replace(training, **change), steps)
-    sides["loading, phase 3"] = (time_loader, OURS, training, 2)
+    for name in ("adamw", "muon"):
+        run = replace(training, optimizer=name)
+        sides[f"{steps} steps, {name}"] = (train_and_resume, run, steps)
+    sides["loading"] = (time_loader, OURS, training, 2)
     for B in (1, 8):
         sides[f"generation, batch {B}"] = (time_writing, "ours", "bfloat16", B, config, phase3)
-    for B in (8, 16, 32):
-        sides[f"GPT-2 124M, batch {B}"] = (time_step, replace(gpt2, batch_size=B, **one_pass), 2)
-    exact = replace(training, deterministic=True)
-    sides[f"{steps} steps, deterministic"] = (train_and_resume, exact, steps)
-    return sides, dict(
-        title="us per token (and tokens per second)", parts=PARTS, note="tokens_per_second"
-    )
+    runs = {"phase 3": phase3, "GPT-2 124M": gpt2}.items()
+    for (name, run), B in itertools.product(runs, (8, 16, 32)):
+        run = replace(run, batch_size=B, gradient_accumulation_steps=1)
+        sides[f"{name}, batch {B}"] = (time_step, partial(make_trainer, run), 2)
+    return sides, ("us per token, and tokens per second", PARTS, "tokens_per_second")
 
 
 # What all of them use
-
-
-def make_trainer(options: TrainConfig, set_up: bool = True) -> Trainer:
-    processes = Processes(options.device)
-    if set_up:
-        runtime.set_up(processes.device, options.deterministic)
-    trainer = Trainer(options, processes)
+def make_trainer(options: TrainConfig, **way) -> Trainer:
+    """Return a compiled Trainer that computes in this way, which changes model.py until the end."""
+    way = FAST | way
+    gpt.attention, gpt.gelu = way["attention"], way["gelu"]
+    changes = {name: way[name] for name in ("dtype", "compile") if way.get(name) is not None}
+    options = replace(options, **changes)
+    if way["set_up"]:
+        runtime.set_up(resolve_device(options.device), options.deterministic)
+    trainer = Trainer(options, Processes(options.device))
     runtime.compile_model(trainer)
+    if not way["fused"]:
+        plain = {"fused": False, "foreach": False}
+        groups = [group | plain for o in trainer.optimizers for group in o.param_groups]
+        trainer.optimizers = [PlainAdamW(groups)]
     return trainer
-
-
-def time_call(function: Callable, device: torch.device, seconds: float) -> float:
-    """Return the median seconds of a call, after one that does not count."""
-    function()
-    return runtime.median_seconds(function, device, seconds)
-
-
-def figures(seconds: float, tokens: int, model: gpt.GPT | None = None) -> dict:
-    """Return the row of a measurement that takes `seconds` for `tokens` tokens."""
-    row = {"ms": 1e3 * seconds, "tokens_per_second": tokens / seconds}
-    if model is not None:
-        row["gflops"] = model.flops_per_token(model.config.block_size) * tokens / seconds / 1e9
-    return row
 
 
 def in_child(function: Callable, *args) -> dict:
@@ -438,139 +359,97 @@ def in_child(function: Callable, *args) -> dict:
 
 
 def measure(sides: dict[str, tuple], rounds: int, minutes: float = math.inf) -> list[dict]:
-    """Call the function of each side, in turn, `rounds` times. Returns the row of median time.
+    """Call the function of each side, in turn, `rounds` times. Returns the rows of median time.
 
-    With `minutes`, a failure becomes a row, too, and no measurement starts after that time.
+    With `minutes`, no measurement starts after that time, and a failure becomes a row, too.
     """
-    started, results = time.perf_counter(), {name: [] for name in sides}
-    for i, (name, side) in itertools.product(range(rounds), sides.items()):
-        print(f"round {i + 1} of {rounds}: {name} ...", flush=True)
+    end, results = time.perf_counter() + 60 * minutes, {name: [] for name in sides}
+    for name, side in list(sides.items()) * rounds:
+        print(f"measuring {name} ...", flush=True)
         try:
-            if time.perf_counter() - started > 60 * minutes:
+            if time.perf_counter() > end:
                 raise UserError(f"not measured: {minutes} minutes are over")
             results[name].append(in_child(*side))
         except Exception as error:  # such as too little memory
             if minutes == math.inf:
                 raise
-            results[name].append({"result": one_line(error)[:80]})
-    middle = [
-        sorted(rows, key=lambda row: row.get("ms", 0))[rounds // 2] for rows in results.values()
-    ]
+            results[name].append({"ms": math.nan, "result": one_line(error)[:80]})
+    middle = [sorted(rows, key=lambda row: row["ms"])[rounds // 2] for rows in results.values()]
     return [{"what": name} | row for name, row in zip(sides, middle, strict=True)]
 
 
-def compare(rows: list[dict], total: int) -> None:
-    """Add hours for `total` tokens, the speed as a multiple of the first row's, shares of peaks."""
-    peaks = {
-        r["what"].split()[0]: r["gflops"] for r in rows if "product" in r["what"] and "gflops" in r
-    }
-    for row in rows:
-        if "tokens_per_second" in row:
-            row["hours"] = total / row["tokens_per_second"] / 3600
-            if "tokens_per_second" in rows[0]:
-                row["speedup"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-        if "gflops" in row:
-            row |= {f"of_{name}": row["gflops"] / peak for name, peak in peaks.items()}
+def draw_bars(title: str, rows: list[dict], parts: list[str], note: str):
+    """Return a figure with a bar of stacked `parts` for each row, and a note behind it."""
+    from matplotlib.figure import Figure  # takes half a second
+
+    figure = Figure(figsize=(9, 1.6 + 0.34 * len(rows)), dpi=150, layout="constrained")
+    axes, names, ends = figure.subplots(), [row["what"] for row in rows], np.zeros(len(rows))
+    for part in parts:
+        lengths = np.array([row[part] for row in rows])
+        axes.barh(names, lengths, left=ends, label=part.replace("_", " "))
+        ends = ends + lengths
+    for row, end in zip(rows, ends, strict=True):
+        axes.annotate(f" {cell(note, row[note])}", (end, row["what"]), va="center", fontsize=9)
+    for i, (label, value) in enumerate(CONSUMERS.items() if note == "hours" else ()):
+        axes.axvline(value, color=f"C{i + 1}", ls="--", label=label)
+        axes.set_xscale("log")
+    axes.invert_yaxis()  # the first row at the top
+    axes.margins(x=0.2)  # space for the notes
+    axes.set_title(title)
+    axes.legend(fontsize=8)
+    return figure
 
 
-def cell(key: str, value) -> str:
+def cell(key: str, value: str | float) -> str:
     """Return a figure as the table shows it."""
     if isinstance(value, str):
         return value
     if key.startswith("of_"):
         return f"{value:.0%}"
-    return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + "x" * (key == "speedup")
-
-
-def table(rows: list[dict]) -> str:
-    """Return a Markdown table with a column for every key of the rows, "result" last."""
-    keys = sorted(dict.fromkeys(key for row in rows for key in row), key="result".__eq__)
-    cells = [[cell(key, row.get(key, "")) for key in keys] for row in rows]
-    right = {i for i, key in enumerate(keys) if key not in ("what", "result")}
-    return markdown_table([key.replace("_", " ") for key in keys], cells, right)
-
-
-def draw_bars(
-    rows: list[dict], title: str, parts: list[str], note: str = "", lines: dict | None = None
-):
-    """Return a figure: for each row that has `parts` a bar of them, with a note behind it.
-
-    `lines` (label to value) cross the bars, on an axis of powers of ten.
-    """
-    from matplotlib.figure import Figure  # takes half a second
-
-    rows = [row for row in rows if parts[0] in row]
-    figure = Figure(figsize=(9, 1.6 + 0.34 * len(rows)), dpi=150, layout="constrained")
-    axes, names, ends = figure.subplots(), [row["what"] for row in rows], np.zeros(len(rows))
-    for part in parts:
-        lengths = [row[part] for row in rows]
-        axes.barh(names, lengths, left=ends, label=part.replace("_", " "))
-        ends += lengths
-    for name, end, row in zip(names, ends, rows, strict=True):
-        behind = f" ({cell(note, row[note])}{' h' * (note == 'hours')})" if note else ""
-        axes.annotate(f" {cell('', end)}{behind}", (end, name), va="center", fontsize=9)
-    for i, (label, value) in enumerate((lines or {}).items()):
-        axes.axvline(value, color=f"C{i + 1}", ls="--", label=label)
-        axes.set_xscale("log")
-    axes.invert_yaxis()
-    axes.margins(x=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title(title)
-    return figure
-
-
-def describe(config: BenchConfig, options: TrainConfig) -> dict:
-    """Return what the figures depend on."""
-    device, info = runtime.resolve_device(options.device), Path("/proc/cpuinfo")
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif info.exists():
-        name = re.search(r"model name\s*: (.+)|$", info.read_text(encoding="utf-8"))[1] or name
-    names = (
-        "batch_size",
-        "gradient_accumulation_steps",
-        "block_size",
-        "n_layer",
-        "n_head",
-        "n_embd",
-    )
-    names += ("max_iters", "optimizer", "dtype")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m tools.bench {' '.join(sys.argv[1:])}",
-        "machine": f"{name}, {psutil.cpu_count()} processors, {platform.system()}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "run": ", ".join(f"{name}={getattr(options, name)}" for name in names),
-    }
+    digits = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return digits + {"speedup": "x", "hours": " h"}.get(key, "")
 
 
 def main(config: BenchConfig) -> None:
-    benchmarks = (ladder, loader, throughput, generate, gpu)
-    benchmark = {function.__name__: function for function in benchmarks}[config.what]
+    benchmark = {f.__name__: f for f in (ladder, loader, throughput, generate, gpu)}[config.what]
+    path = config.config or RUNS[config.what]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        path = config.config or RUNS[config.what]
         options = read_run(config, path, config.vocab_size, Path(scratch))
-        about = describe(config, options)
-        sides, chart = benchmark(config, options)
+        sides, (title, parts, note) = benchmark(config, options)
         rows = measure(sides, 1, 7) if config.what == "gpu" else measure(sides, config.rounds)
-    total = (
-        options.max_iters
-        * options.gradient_accumulation_steps
-        * options.batch_size
-        * options.block_size
-    )
-    compare(rows, total)
-    if config.what == "gpu":
-        flops = gpt_flops
+    shape = (options.gradient_accumulation_steps, options.batch_size, options.block_size)
+    total = options.max_iters * math.prod(shape)
+    peaks = {r["what"]: r["gflops"] for r in rows if "gflops" in r and "tokens_per_second" not in r}
+    for row in rows:
+        if speed := row.get("tokens_per_second"):
+            row["hours"] = total / speed / 3600
+            row["speedup"] = speed / rows[0].get("tokens_per_second", speed)
+        if "gflops" in row:
+            row |= {f"of_{name.split()[0]}": row["gflops"] / peaks[name] for name in peaks}
+    steps = [row for row in rows if "gflops" in row and "hours" in row]
+    for name, peak in preflight.GPUS.items() if config.what == "gpu" and steps else ():
+        hours = steps[0]["hours"] * steps[0]["gflops"] * 1e9 / (0.4 * peak)  # of its peak
+        rows.append({"what": f"estimate of preflight, {name}", "hours": hours})
+    device, info = resolve_device(options.device), Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.+)|$", info.read_text() if info.exists() else "")[1]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"python -m tools.bench {' '.join(sys.argv[1:])}",
+        "machine": f"{name or platform.machine()}, {torch.get_num_threads()} CPU threads",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "run": f"{path}, {' x '.join(map(str, shape))} tokens per step; hours: {total:,} tokens",
+    }
     to = Path(config.to) / config.what
     with atomic_write(to.with_suffix(".jsonl")) as file:
         file.writelines(json.dumps(record).encode() + b"\n" for record in (about, *rows))
-    figure = draw_bars(rows, **chart)
+    figure = draw_bars(title, [row for row in rows if parts[0] in row], parts, note)
     figure.supxlabel(f"{about['machine']}, {about['date']}", fontsize=7, color="0.4")
     save_figure(figure, to.with_suffix(".png"))
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[cell(key, row.get(key, "")) for key in keys] for row in rows]
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    print(table(rows))
+    print(markdown_table([key.replace("_", " ") for key in keys], cells, set(range(1, len(keys)))))
     print(f"{to}.jsonl and {to}.png have the results")
 
 

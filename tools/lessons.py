@@ -5,10 +5,8 @@
     python -m tools.lessons --only=mask    # one lesson
 
 A mistake is a diff in tools/mistakes/, or a few options. A copy of the code gets the diff, runs its
---preflight, and trains phase 1 for one epoch on the CPU. Writes
-
-    out/lessons/<mistake>/         the run as train.py leaves it; output.json: what it printed
-    docs/pictures/lessons_*.png    the figures
+--preflight, and trains phase 1 for one epoch on the CPU. Each run goes to out/lessons/<mistake>/,
+with what it printed in output.json; the figures go to docs/pictures/.
 """
 
 import json
@@ -101,7 +99,7 @@ def train_with(mistake: Mistake, config: LessonsConfig) -> None:
     options += f"--eval_interval={every} --sample_interval={5 * every} {mistake.options}"
     options = [f"--out_dir={out_dir}", *options.split()]
     shutil.rmtree(out_dir, ignore_errors=True)
-    print(f"\n{mistake.name}: preflight and {config.max_iters} steps (about 30 s) ...", flush=True)
+    print(f"\n{mistake.name}: preflight and {config.max_iters} steps (about 40 s) ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("train.py", "model.py", "configurator.py"):
             shutil.copy(ROOT / name, folder)
@@ -208,7 +206,7 @@ def make_table(mistakes: list[Mistake], config: LessonsConfig) -> str:
     rows = []
     for mistake in mistakes:
         output, records = read_run(mistake, config)
-        notes = re.findall(r"^(?:FAIL [^:]+|warning: [^,]+)", output["preflight"], re.MULTILINE)
+        notes = re.findall(r"^(?:FAIL [^:]+|warning: [^;]+)", output["preflight"], re.MULTILINE)
         notes += [output["error"].split(";")[0]] * bool(output["error"])
         end = {} if output["error"] else records[-1]  # the last evaluation
         figures = [f"{end[key]:.4f}" if end else "" for key in ("train_loss", "val_loss")]

@@ -1,256 +1,280 @@
-"""Each mistake of lessons.py is in effect, and is caught by what LESSONS.md says catches it; and the page is true."""
+"""Each mistake is in effect and is caught by what docs/lessons.md says, and the page is true."""
 
+import doctest
 import importlib
+import importlib.util
 import inspect
-import itertools
-import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TEXT
+from torch.overrides import TorchFunctionMode
 
-import model
+import prepare_shakespeare
 import train
-from configurator import read_options
+from configurator import UserError, read_options
+from model import GPT, GPTConfig
 from support import preflight
-from support.checkpoint import load_checkpoint
 from tools import lessons
 
 PAGE = (ROOT / "docs" / "lessons.md").read_text(encoding="utf-8")
-MISTAKES = [mistake for mistakes in lessons.LESSONS.values() for mistake in mistakes]
-ROWS = {
-    line.split(" | ")[0].removeprefix("| "): line
-    for line in PAGE.splitlines()
-    if line.count(" | ") == 4
+ROWS = {line.split("|")[1].strip(): line for line in PAGE.splitlines() if line.count("|") == 6}
+WITH_DIFF = [m for m in lessons.MISTAKES if not m.options]
+MODEL, DATA = "test_model.py::test_", "support/test_data.py::test_"
+TESTS = {  # named by the page; each one fails under the mistake
+    "no_mask": MODEL + "logits_do_not_change_when_a_later_token_changes",
+    "no_positions": MODEL + "without_positions_order_is_invisible_and_with_them_it_is_not",
+    "same_targets": DATA + "batch_has_the_text_and_its_next_characters",
+    "swapped_heads": MODEL + "logits_and_gradients_equal_transformers",
+    "masked_row": MODEL + "attention_equals_scaled_dot_product_attention",
+    "softmax_by_hand": MODEL + "attention_equals_scaled_dot_product_attention",
+    "int32_targets": DATA + "batch_has_the_text_and_its_next_characters",
+    "read_as_bytes": DATA + "batch_has_the_text_and_its_next_characters",
 }
 
-every_mistake = pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
-mistakes_with_a_test = pytest.mark.parametrize(
-    "mistake", [m for m in MISTAKES if m.test], ids=lambda m: m.name
-)
+
+def name(mistake: lessons.Mistake) -> str:
+    return mistake.name
+
+
+def diff(mistake: lessons.Mistake) -> Path:
+    return ROOT / "tools" / "mistakes" / f"{mistake.name}.diff"
 
 
 @pytest.fixture
-def trainer(tiny_run):
-    def make(mistake: lessons.Mistake) -> train.Trainer:
-        options = [
-            f"--{name}={value}" for name, value in {**tiny_run.options, "min_lr": 0.0}.items()
-        ]
-        config = read_options(train.TrainConfig, [*options, *mistake.options])
-        return train.Trainer(config, train.Processes(config))
-
-    return make
+def copy(tmp_path) -> Path:
+    """A copy of the code that train.py needs."""
+    folder = tmp_path / "copy"
+    shutil.copytree(ROOT / "support", folder / "support")
+    for script in ("train.py", "model.py", "configurator.py"):
+        shutil.copy(ROOT / script, folder)
+    return folder
 
 
-def failing(trainer: train.Trainer) -> set[str]:
-    return {name for name, check in preflight.CHECKS.items() if not check(trainer)[0]}
+@pytest.fixture
+def import_copy(copy, monkeypatch):
+    """A function: import a module from the copy with a mistake, and all that it imports."""
+
+    def is_ours(module: str) -> bool:
+        return module.split(".")[0] in ("train", "model", "configurator", "support")
+
+    def import_with(mistake: lessons.Mistake, module: str):
+        if not mistake.options and mistake != lessons.CORRECT:
+            lessons.apply_diff(diff(mistake), copy)
+        for ours in filter(is_ours, list(sys.modules)):
+            del sys.modules[ours]
+        importlib.invalidate_caches()
+        return importlib.import_module(module)
+
+    before = {module: sys.modules[module] for module in filter(is_ours, list(sys.modules))}
+    monkeypatch.syspath_prepend(copy)
+    yield import_with
+    for ours in filter(is_ours, list(sys.modules)):
+        del sys.modules[ours]
+    sys.modules.update(before)
 
 
-@every_mistake
-def test_the_checks_that_fail_are_those_that_the_page_names(mistake, trainer):
+def make_trainer(module, options: dict, mistake: lessons.Mistake):
+    """A Trainer of a module `train`, tiny, with the options of the mistake."""
+    arguments = [f"--{key}={value}" for key, value in {**options, "min_lr": 0.0}.items()]
+    configurator = sys.modules["configurator"]
+    config = configurator.read_options(module.TrainConfig, arguments + mistake.options.split())
+    return module.Trainer(config, module.Processes("cpu"))
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("mistake", WITH_DIFF, ids=name)
+def test_a_diff_makes_the_change_that_git_makes(mistake, copy, tmp_path):
+    git = tmp_path / "git"
+    shutil.copytree(copy, git)
+    lessons.apply_diff(diff(mistake), copy)
+    subprocess.run(["git", "apply", str(diff(mistake))], cwd=git, check=True)
+    changed = []
+    for path in copy.rglob("*.py"):
+        place = path.relative_to(copy)
+        assert path.read_bytes() == (git / place).read_bytes()
+        changed += [place] * (path.read_bytes() != (ROOT / place).read_bytes())
+    assert len(changed) == 1
+
+
+def test_a_diff_that_does_not_apply_is_refused(copy):
+    path = copy / "model.py"
+    path.write_text(path.read_text().replace("mask = torch.full", "mask  = torch.full"))
+    with pytest.raises(UserError, match=r"no_mask\.diff: does not apply to model.py"):
+        lessons.apply_diff(diff(lessons.MISTAKES[0]), copy)
+
+
+@pytest.mark.parametrize("mistake", lessons.MISTAKES, ids=name)
+def test_the_checks_that_fail_are_those_that_the_page_names(mistake, tiny_run, import_copy):
+    trainer = make_trainer(import_copy(mistake, "train"), tiny_run.options, mistake)
+    checks = sys.modules["support.preflight"].CHECKS
     row = ROWS[mistake.name]
-    assert failing(trainer(lessons.SOUND)) == set()
-    with lessons.put_in(mistake):
-        if "RuntimeError" in row:
-            with pytest.raises(RuntimeError, match="expected target dtype to be Long"):
-                failing(trainer(mistake))
-        else:
-            named = {name for name in preflight.CHECKS if name in row.rpartition("FAIL")[2]}
-            found = failing(trainer(mistake))
-            assert found <= named and bool(found) == bool(
-                named
-            )  # of a smaller model than the page's
-    assert failing(trainer(lessons.SOUND)) == set()
+    if "RuntimeError" in row:
+        with pytest.raises(RuntimeError, match="expected target dtype to be Long"):
+            checks["initial loss"](trainer)
+        return
+    trainer.model.eval()
+    named = {check for check in checks if f"FAIL {check}" in row}
+    failed = {check for check, function in checks.items() if not function(trainer)[0]}
+    assert failed <= named and bool(failed) == bool(named)  # this model is smaller than the page's
 
 
-@mistakes_with_a_test
-def test_the_test_that_the_page_names_fails_under_the_mistake_alone(mistake, dataset):
-    file, _, name = mistake.test.partition("::")
-    test = getattr(importlib.import_module(Path(file).stem), name)
+def test_a_correct_run_fails_no_check(tiny_run, import_copy):
+    trainer = make_trainer(import_copy(lessons.CORRECT, "train"), tiny_run.options, lessons.CORRECT)
+    trainer.model.eval()
+    checks = sys.modules["support.preflight"].CHECKS
+    assert {check for check, function in checks.items() if not function(trainer)[0]} == set()
+
+
+@pytest.mark.parametrize("mistake", [m for m in WITH_DIFF if m.name in TESTS], ids=name)
+def test_the_test_that_the_page_names_fails_under_the_mistake(mistake, dataset, import_copy):
+    assert f"`tests/{TESTS[mistake.name]}`" in PAGE
+    file, _, function = TESTS[mistake.name].partition("::")
     known = {"dataset": dataset, "tie_weights": True, "bf16": False}
-    arguments = {parameter: known[parameter] for parameter in inspect.signature(test).parameters}
-    test(**arguments)
-    with lessons.put_in(mistake), pytest.raises((AssertionError, RuntimeError)):
-        test(**arguments)
-    test(**arguments)
+
+    def run_test() -> None:
+        spec = importlib.util.spec_from_file_location("named_test", ROOT / "tests" / file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        test = getattr(module, function)
+        test(**{key: known[key] for key in inspect.signature(test).parameters})
+
+    run_test()
+    import_copy(mistake, "train")
+    with pytest.raises((AssertionError, RuntimeError)):
+        run_test()
 
 
-def test_preflight_warns_of_the_slow_loader_and_says_nothing_of_the_sound_one(trainer, monkeypatch):
-    import prepare_shakespeare
-
+def test_the_slow_loader_gives_the_same_batches_and_preflight_warns(tiny_run, import_copy):
+    (mistake,) = (m for m in lessons.MISTAKES if m.lesson == "loader")
     Path("long.txt").write_text(TEXT * 20, encoding="utf-8")
     prepare_shakespeare.main(prepare_shakespeare.PrepareConfig(input="long.txt", dataset="tiny"))
-    tiny = trainer(lessons.SOUND)
-    monkeypatch.setattr(preflight, "gain_of_larger_batch", lambda _: 1.0)
-    (mistake,) = lessons.LESSONS["loader"]
+    correct = make_trainer(train, tiny_run.options, mistake)
+    slow = make_trainer(import_copy(mistake, "train"), tiny_run.options, mistake)
+    batches = zip(correct.micro_batch(3, 0), slow.micro_batch(3, 0), strict=True)
+    assert all(torch.equal(*pair) for pair in batches)
+    for trainer, warned in ((correct, False), (slow, True)):
+        found = preflight.warnings(trainer, "compiled", 0.05)
+        assert any("batches take" in warning for warning in found) == warned
 
-    def said() -> list[str]:
-        return [
-            line
-            for line in preflight.warnings(tiny, "compiled", micro_seconds=0.05)
-            if "batches take" in line
-        ]
 
-    x, y = tiny.micro_batch(3, 0)
-    assert said() == []
-    with lessons.put_in(mistake):
-        assert "though train.bin is in memory; is the machine busy?" in said()[0]
-        slow_x, slow_y = tiny.micro_batch(3, 0)
-    assert torch.equal(x, slow_x) and torch.equal(y, slow_y)
+def test_the_softmax_by_hand_is_right_until_a_score_is_too_large(import_copy):
+    q, k, v = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    (mistake,) = (m for m in lessons.MISTAKES if m.name == "softmax_by_hand")
+    correct = sys.modules["model"].attention
+    wrong = import_copy(mistake, "model").attention
+    torch.testing.assert_close(wrong(q, k, v), correct(q, k, v), rtol=1e-2, atol=1e-2)
+    assert wrong(30 * q, k, v).isnan().any() and correct(30 * q, k, v).isfinite().all()
 
 
 def test_rates_are_ten_times_too_high_and_too_low():
-    config = lessons.LessonsConfig()
-    sound, high, low = (
-        lessons.run_options(m, config) for m in (lessons.SOUND, *lessons.LESSONS["rate"])
+    phase1 = str(ROOT / "config" / "phase1_char.py")
+    correct = read_options(train.TrainConfig, [phase1])
+    for mistake, factor in ((m, 10 if "high" in m.name else 0.1) for m in lessons.MISTAKES):
+        if mistake.options:
+            changed = read_options(train.TrainConfig, [phase1, *mistake.options.split()])
+            for option in ("learning_rate", "muon_lr"):
+                expected = factor * getattr(correct, option)
+                assert getattr(changed, option) == pytest.approx(expected)
+
+
+# The program
+
+
+def test_the_copy_runs_and_not_the_repository(tmp_path):
+    (tmp_path / "model.py").write_text("")
+    (tmp_path / "train.py").write_text(
+        "import sys, model\nprint(model.__file__)\nsys.exit('a warning\\nthe reason')"
     )
-    for name in ("learning_rate", "muon_lr"):
-        assert getattr(high, name) == pytest.approx(10 * getattr(sound, name))
-        assert getattr(low, name) == pytest.approx(getattr(sound, name) / 10)
+    output, error = lessons.run_train(str(tmp_path), [])
+    assert Path(output.strip()) == tmp_path / "model.py" and error == "the reason"
 
 
-def test_the_softmax_by_hand_is_right_until_a_score_is_too_large():
-    q, k, v = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
-    sound = model.attention(q, k, v)
-    mistake = next(m for m in MISTAKES if m.name == "softmax_by_hand")
-    with lessons.put_in(mistake):
-        torch.testing.assert_close(model.attention(q, k, v), sound, rtol=1e-2, atol=1e-2)
-        assert model.attention(30 * q, k, v).isnan().any()
-    assert model.attention(30 * q, k, v).isfinite().all()
+def test_a_lesson_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="only=maks is not a lesson; choose one of mask, positions"):
+        lessons.main(lessons.LessonsConfig(only="maks"))
 
 
-@pytest.fixture
-def small(dataset, monkeypatch):
-    """Runs of a model small enough for a test, on the tiny data set under phase 1's name."""
+@pytest.mark.slow
+def test_a_lesson_leaves_runs_a_figure_and_a_table(dataset, capsys):
     shutil.copytree(dataset, dataset.parent / "shakespeare_char")
-    shape = (
-        "--n_layer=1",
-        "--n_head=2",
-        "--n_embd=16",
-        "--block_size=16",
-        "--batch_size=4",
-        "--sample_start=3",
-    )
-    monkeypatch.setattr(lessons, "SOUND", replace(lessons.SOUND, options=shape))
-    changed = {
-        lesson: [replace(m, options=shape) for m in ms] for lesson, ms in lessons.LESSONS.items()
-    }
-    monkeypatch.setattr(lessons, "LESSONS", changed)
-    return lessons.LessonsConfig(only="mask", max_iters=15)
-
-
-def test_a_lesson_leaves_two_runs_a_figure_and_a_table(small, capsys):
-    lessons.main(small)
+    lessons.main(lessons.LessonsConfig(only="dtype", max_iters=15, pictures="pictures"))
     printed = capsys.readouterr().out
-    assert "FAIL the future, by gradient" in printed and printed.count("| no_mask | ") == 1
-    assert printed.splitlines()[-1].endswith(
-        "| FAIL the future, by perturbation; the future, by gradient |"
-    )
-    assert Path("assets/lessons_mask.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("sound", "no_mask"):
-        _, checkpoint = load_checkpoint(Path("out/lessons") / name / "ckpt.pt")
-        assert checkpoint["step"] == 15
-    before = Path("out/lessons/sound/ckpt.pt").stat().st_mtime_ns
-    lessons.main(small)
-    assert Path("out/lessons/sound/ckpt.pt").stat().st_mtime_ns == before, (
-        "a sound run that is there is not repeated"
-    )
-    assert not Path("out/lessons/no_mask.1").exists()
+    correct, int32, bytes_ = printed.splitlines()[-3:]
+    assert correct.startswith("| correct ") and correct.endswith("|  |")
+    assert "RuntimeError: expected target dtype to be Long" in int32
+    assert bytes_.startswith("| read_as_bytes ") and "FAIL data" in bytes_
+    for picture in ("dtype", "shapes"):
+        assert Path(f"pictures/lessons_{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("out/lessons/read_as_bytes/ckpt.pt").exists()
 
 
-def test_a_run_that_ends_at_once_is_in_the_table_with_its_last_words(small, capsys):
-    lessons.main(replace(small, only="dtype"))
-    table = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split(" | ")[0] for line in table] == [
-        "| sound",
-        "| int32_targets",
-        "| read_as_bytes",
-    ]
-    assert "|  |  |  | RuntimeError: expected target dtype to be Long" in table[1]
+def test_shapes_in_the_figure_are_those_of_a_forward_pass():
+    shapes, sizes = [], lessons.SIZES
+    assert len(set(sizes.values())) == len(sizes)
 
+    class Record(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for tensor in output if isinstance(output, tuple) else [output]:
+                shapes.append(tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else None)
+            return output
 
-def test_levels_are_those_of_a_text_counted_by_hand(small):
-    found = lessons.levels("shakespeare_char")
-    text = TEXT[: int(0.9 * len(TEXT))]
-    p = torch.tensor([text.count(c) / len(text) for c in sorted(set(TEXT))]).double()
-    one = -(p * p.log()).nansum().item()
-    pairs: dict[str, int] = {}
-    for a, b in itertools.pairwise(text):
-        pairs[a + b] = pairs.get(a + b, 0) + 1
-    p = torch.tensor(list(pairs.values())).double() / (len(text) - 1)
-    two = -(p * p.log()).sum().item()
-    assert list(found.values()) == pytest.approx([2.8904, one, two - one], abs=1e-4)
-
-
-def test_shapes_in_the_figure_are_those_of_the_config():
-    B, T, C, nh, V = 5, 7, 128, 4, 65
-    config = model.GPTConfig(vocab_size=V, block_size=128, n_layer=2, n_head=nh, n_embd=C)
-    sizes = {
-        "B": B,
-        "T": T,
-        "C": C,
-        "nh": nh,
-        "hs": C // nh,
-        "V": V,
-        "B·nh": B * nh,
-        "3C": 3 * C,
-        "4C": 4 * C,
-    }
-    letters, numbers = lessons.in_letters(config), lessons.record_shapes(model.GPT(config), B, T)
-    for name, shape in numbers.items():
-        assert shape == tuple(sizes[letter] for letter in letters[name]), name
-    drawn = [" ".join(letters[name]) for _, name, _ in lessons.STEPS]
-    x = "B T C"
-    block = [x, "B T 3C", "B nh T hs", "B·nh T T", "B nh T hs", x, x, x, "B T 4C", x]
-    assert drawn == ["B T", x, "T C", x, *block, x, "B T V", ""]
-
-
-def test_the_figure_of_shapes_is_drawn(small):
-    lessons.main(replace(small, only="shapes"))
-    assert Path("assets/lessons_shapes.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_help_and_mistakes_do_not_import_torch(tmp_path):
-    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')", encoding="utf-8")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for arg, code, words in (
-        ("--help", 0, "usage: python"),
-        ("--only=maks", 2, "'mask'"),
-        ("--max_iters=3", 2, "5"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "tools.lessons", arg], env=env, capture_output=True, text=True
-        )
-        assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
+    config = GPTConfig(vocab_size=sizes["V"], block_size=100, n_layer=1, n_head=4, n_embd=128)
+    idx = torch.zeros(sizes["B"], sizes["T"], dtype=torch.int64)
+    shapes.append(tuple(idx.shape))
+    with Record():
+        GPT(config)(idx, idx)
+    start = 0
+    for code, shape in lessons.SHAPES.items():
+        wanted = tuple(sizes[letter] for letter in shape.split(", ") if letter)
+        assert wanted in shapes[start:], code
+        start = shapes.index(wanted, start) + 1
 
 
 # The page
 
 
-def test_the_page_shows_each_mistake_as_it_is_and_each_run():
-    assert list(ROWS)[2:] == ["sound", *(m.name for m in MISTAKES)]
-    for mistake in MISTAKES:
-        if mistake.function:
-            removed = [] if mistake.right in mistake.wrong else [f"-{mistake.right}"]
-            added = [f"+{line}" for line in mistake.wrong.splitlines() if line != mistake.right]
-            assert "\n".join(removed + added) in PAGE, mistake.name
-            assert (
-                f"# {Path(mistake.function.__code__.co_filename).name}, {mistake.function.__qualname__}"
-                in PAGE
-            )
-        assert all(option in PAGE for option in mistake.options) and mistake.test in PAGE
+def test_the_page_shows_every_diff_and_option_and_picture():
+    assert list(ROWS)[2:] == ["correct", *(m.name for m in lessons.MISTAKES)]
+    for mistake in lessons.MISTAKES:
+        if mistake.options:
+            assert mistake.options in PAGE, mistake.name
+        else:
+            assert f"```diff\n{diff(mistake).read_text(encoding='utf-8')}```" in PAGE, mistake.name
+    assert {path.stem for path in diff(lessons.CORRECT).parent.iterdir()} == set(
+        map(name, WITH_DIFF)
+    )
+    pictures = re.findall(r"\]\(pictures/lessons_(\w+)\.png\)", PAGE)
+    assert pictures == ["shapes", *dict.fromkeys(m.lesson for m in lessons.MISTAKES)]
 
 
 def test_what_the_page_names_exists():
-    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", PAGE):
-        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), name
-    for path in re.findall(r"\]\((assets/[^)]+)\)", PAGE) + re.findall(r"`(\w+\.py)`", PAGE):
+    for file, function in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE):
+        assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), function
+    for path in re.findall(r"\]\((pictures/[^)]+)\)", PAGE):
+        assert (ROOT / "docs" / path).is_file(), path
+    for path in re.findall(r"`((?:\w+/)*\w+\.py)`", PAGE):
         assert (ROOT / path).is_file(), path
-    pictures = re.findall(r"\]\(assets/lessons_(\w+)\.png\)", PAGE)
-    assert pictures == ["shapes", *lessons.LESSONS]
+    for check in re.findall(r"^(?:FAIL|ok  ) ([^:]+):", PAGE, re.MULTILINE):
+        assert check in preflight.CHECKS, check
+
+
+def test_the_examples_of_the_page_print_what_it_shows():
+    example = doctest.DocTestParser().get_doctest(PAGE, {}, "lessons.md", None, 0)
+    assert len(example.examples) > 10
+    # The end of a code block is no output.
+    for part in example.examples:
+        part.want = part.want.replace("```\n", "")
+    try:
+        assert doctest.DocTestRunner().run(example).failed == 0
+    finally:
+        torch.set_printoptions(profile="default")

@@ -1,0 +1,290 @@
+"""Two programs at once on one folder: the second ends in one line, and no result is damaged."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TEXT
+from test_prepare_openweb import contents, make_documents
+from test_train import assert_same_run, logged, options
+
+import prepare_openweb
+import prepare_shakespeare
+import train
+from configurator import UserError
+from support import data, log
+from support.checkpoint import load_checkpoint
+
+REFUSAL = "another process is at work there"
+
+
+def command(script: str, *args: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), *args]
+
+
+def assert_refused(returncode: int, errors: str) -> None:
+    assert returncode == 1 and len(errors.splitlines()) == 1 and REFUSAL in errors, errors
+
+
+# What one killed process leaves, and what the next one does
+
+
+@pytest.fixture
+def hold():
+    """A function: start a process that locks a folder and writes a file there, but never ends."""
+    code = """
+import sys, time
+from pathlib import Path
+from support.files import atomic_write, lock_folder
+folder = Path(sys.argv[1])
+with lock_folder(folder), atomic_write(folder / "ckpt.pt") as file:
+    file.write(bytes(1000))
+    file.flush()
+    print("working", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+    processes = []
+
+    def start(folder: Path, seconds: float = 60) -> subprocess.Popen:
+        args = [sys.executable, "-c", code, str(folder), str(seconds)]
+        processes.append(subprocess.Popen(args, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout.readline() == "working\n"
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def prepare_plays(tiny_run) -> Path:
+    prepare_shakespeare.main(prepare_shakespeare.PrepareConfig(input="tiny.txt", dataset="other"))
+    return Path("data/other")
+
+
+def prepare_web(tiny_run) -> Path:
+    Path("web.txt").write_text("\n<|endoftext|>\n".join(make_documents(60)), encoding="utf-8")
+    small = {"vocab_size": 300, "val_fraction": 0.2}
+    config = prepare_openweb.PrepareConfig(input="web.txt", dataset="other", **small)
+    prepare_openweb.main(config)
+    return Path("data/other")
+
+
+def train_tiny(tiny_run) -> Path:
+    return tiny_run(out_dir="out/other")
+
+
+PROGRAMS = {"data/other": [prepare_plays, prepare_web], "out/other": [train_tiny]}
+PAIRS = [(Path(folder), program) for folder, programs in PROGRAMS.items() for program in programs]
+
+
+@pytest.mark.parametrize("folder, program", PAIRS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_folder_is_free_again_and_clean_after_the_process_at_work_was_killed(
+    tiny_run, hold, folder, program
+):
+    other = hold(folder)
+    temporary = list(folder.iterdir())
+    notes = folder / "notes.tmp"
+    notes.write_text("no temporary file of ours", encoding="utf-8")
+    assert len(temporary) == 1 and temporary[0].match("ckpt.pt.????????.tmp")
+    with pytest.raises(UserError, match=REFUSAL):
+        program(tiny_run)
+    assert {*folder.iterdir()} == {notes, *temporary}  # the refused program changed nothing
+
+    other.kill()
+    other.wait()
+    lock = folder.with_name(".other.lock")
+    assert lock.exists() and temporary[0].exists()
+    assert program(tiny_run) == folder
+    assert list(folder.glob("*.tmp")) == [notes]
+    assert os.name == "nt" or not lock.exists()
+
+
+def test_a_worker_of_torchrun_waits_for_one_that_is_ending(tmp_path, hold, monkeypatch):
+    out_dir = tmp_path / "out"
+    hold(out_dir, seconds=1)
+    with pytest.raises(UserError, match=REFUSAL), log.claim_folder(out_dir, resumed=True):
+        pass
+    with log.claim_folder(out_dir, resumed=True, is_first=False):
+        pass  # the other workers leave the lock to the first one
+    monkeypatch.setenv("RANK", "0")
+    started = time.perf_counter()
+    with log.claim_folder(out_dir, resumed=True):
+        assert time.perf_counter() - started > 0.3 and (out_dir / "ckpt.pt").exists()
+
+
+# A second process in the middle of a run
+
+
+def during_step_6(monkeypatch, action) -> None:
+    """Have the training runs of this process call `action` before their step 6."""
+    step_of_trainer = train.Trainer.train_step
+
+    def train_step(trainer, step, *args, **others):
+        if step == 6:
+            action()
+        return step_of_trainer(trainer, step, *args, **others)
+
+    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+
+
+def test_a_second_training_in_one_folder_ends_in_one_line_and_moves_nothing(tiny_run, monkeypatch):
+    alone = tiny_run(out_dir="out/alone")
+    seen = set()
+
+    def list_files() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in Path("out/tiny").iterdir()}
+
+    def start_another() -> None:
+        before = list_files()
+        args = command("train.py", *options(tiny_run))
+        other = subprocess.run(args, capture_output=True, encoding="utf-8")
+        assert_refused(other.returncode, other.stderr)
+        assert list_files() == before and not Path("out/tiny.1").exists()
+        seen.update(before)
+
+    during_step_6(monkeypatch, start_another)
+    assert_same_run(tiny_run(), alone)
+    assert "ckpt.pt" in seen  # so there was something to move
+
+
+def test_data_prepared_anew_does_not_change_a_run_that_has_mapped_them(tiny_run, monkeypatch):
+    memory = data.psutil.virtual_memory()._replace(available=0)
+    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: memory)  # forces the map
+    alone, before = tiny_run(out_dir="out/alone"), Path("data/tiny/train.bin").read_bytes()
+
+    def prepare_anew() -> None:
+        Path("other.txt").write_text(TEXT[::-1], encoding="utf-8")
+        args = ("--input=other.txt", "--dataset=tiny")
+        done = subprocess.run(command("prepare_shakespeare.py", *args), check=False)
+        # Windows replaces no open file, so there the preparation is refused.
+        assert done.returncode == 0 or os.name == "nt"
+
+    during_step_6(monkeypatch, prepare_anew)
+    assert_same_run(tiny_run(), alone)
+    assert Path("data/tiny/train.bin").read_bytes() != before or os.name == "nt"
+
+
+# 20 rounds of two processes with random delays and kills
+
+ROUNDS, SEED = 20, 13
+
+
+def attempt(command: list[str], lock: Path, delay: float = 0, limit: float | None = None) -> str:
+    """Start a process after `delay` seconds and return how it ended.
+
+    With a `limit`, the process is killed so many seconds after one of the two has the lock.
+    """
+    time.sleep(delay)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    while limit is not None and process.poll() is None and not lock.exists():
+        time.sleep(0.01)
+    try:
+        errors, ended = process.communicate(timeout=limit)[1], True
+    except subprocess.TimeoutExpired:
+        process.kill()
+        errors, ended = process.communicate()[1], False
+    assert "Traceback" not in errors, errors
+    if not ended or process.returncode == 0:
+        return "ended" if ended else "killed"
+    assert_refused(process.returncode, errors)
+    return "refused"
+
+
+def play(parent: Path, make_commands, check) -> None:
+    """Play all rounds, two at a time, each in its own folder in `parent`; print what happened.
+
+    `make_commands(folder)` returns three commands: two that run at once, and one that then runs
+    alone. `check(folder, ended)` compares the folder with one that was left alone, and returns
+    whether it is complete; it must be if `ended`.
+    """
+
+    def play_round(number: int) -> Counter:
+        draw, folder = random.Random(f"{SEED} {number}"), parent / str(number)
+        lock, attempts = parent / f".{number}.lock", []
+        *two, again = make_commands(folder)
+        with ThreadPoolExecutor(2) as pool:
+            for one in two:
+                limit = draw.uniform(0, 0.6) * seconds if draw.random() < 0.5 else None
+                delay = draw.uniform(0, 0.4) * seconds
+                attempts.append(pool.submit(attempt, one, lock, delay, limit))
+        outcomes = sorted(one.result() for one in attempts)
+        complete = check(folder, "ended" in outcomes)
+        unfinished = not complete and folder.exists()
+        assert attempt(again, lock) == "ended" and check(folder, ended=True)
+        left = {path.name for path in folder.iterdir()}
+        assert left == {path.name for path in (parent / "alone").iterdir()}
+        assert os.name == "nt" or not lock.exists()
+        return Counter([" + ".join(outcomes)] + ["left unfinished"] * unfinished)
+
+    started = time.perf_counter()
+    assert attempt(make_commands(parent / "alone")[-1], parent / "no lock") == "ended"
+    seconds = time.perf_counter() - started
+    with ThreadPoolExecutor(2) as pool:
+        counts = sum(pool.map(play_round, range(ROUNDS)), Counter())
+    print(f"seed {SEED}, {ROUNDS} rounds, one process alone takes {seconds:.1f} s: {dict(counts)}")
+    for outcome in ("refused", "killed", "ended", "left unfinished"):
+        assert any(outcome in name for name in counts), f"nothing was {outcome}"
+
+
+@pytest.mark.slow
+def test_20_rounds_of_two_preparations_are_refused_or_equal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    documents = make_documents(1200)
+    Path("texts").mkdir()
+    for n in range(4):
+        text = "\n<|endoftext|>\n".join(documents[300 * n : 300 * n + 300])
+        Path(f"texts/{n}.txt").write_text(text, encoding="utf-8")
+
+    def make_commands(folder: Path) -> list[list[str]]:
+        small = ("--vocab_size=500", "--val_fraction=0.1", "--num_threads=1")
+        args = ("--input=texts", f"--dataset={folder.name}", *small)
+        return 3 * [command("prepare_openweb.py", *args)]
+
+    def check(folder: Path, ended: bool) -> bool:
+        complete = ended or (folder / "meta.json").exists()
+        if complete:
+            assert contents(folder) == contents(Path("data/alone"))
+        return complete
+
+    play(Path("data"), make_commands, check)
+
+
+@pytest.mark.slow
+def test_20_rounds_of_two_trainings_are_refused_or_equal(tiny_run):
+    changed = {"max_iters": 150, "eval_interval": 25, "eval_iters": 2, "dropout": 0.1}
+    changed["checkpoint_interval"] = 0.01
+
+    def make_commands(folder: Path) -> list[list[str]]:
+        draw = random.Random(f"{SEED} {folder.name}")
+        origins = [*draw.choices(("auto", "scratch"), k=2), "auto"]
+        changed["out_dir"] = folder.as_posix()
+        return [
+            command("train.py", *options(tiny_run, **changed, init_from=origin))
+            for origin in origins
+        ]
+
+    def check(folder: Path, ended: bool) -> bool:
+        alone, complete = Path("out/alone"), False
+        # A process that starts from scratch may have moved what a killed or ended one left.
+        for path in [folder, *folder.parent.glob(f"{folder.name}.*")]:
+            if (path / "log.jsonl").exists():  # not a mixture of two
+                records = logged(path)
+                assert records == logged(alone)[: len(records)]
+            if (path / "ckpt.pt").exists():
+                step = load_checkpoint(path / "ckpt.pt")[1]["step"]
+                if step == changed["max_iters"]:
+                    assert_same_run(path, alone)
+                    complete = True
+        assert complete or not ended
+        return complete
+
+    play(Path("out"), make_commands, check)
