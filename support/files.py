@@ -37,7 +37,7 @@ def atomic_write(path: Path, size: int = 0) -> Iterator:
             raise
         needed = f"{size:,} bytes are needed, " if size else ""
         raise UserError(
-            f"{path}: can not be written ({reason.strerror}); {needed}{free_bytes(path.parent):,} "
+            f"{path}: can not be written ({reason.strerror or reason}); {needed}{free_bytes(path.parent):,} "
             "bytes are free; an earlier file is unchanged"
         ) from error
     finally:

@@ -41,7 +41,7 @@ def test_prompt_may_come_from_a_file(run, capsys):
     assert said(capsys, run, start="FILE:prompt.txt") == said(capsys, run, start="1 times 1\n")
 
 
-def test_top_k_of_one_and_temperature_zero_are_the_likeliest_text(run, capsys):
+def test_top_k_of_one_and_temperature_zero_are_the_most_likely_text(run, capsys):
     assert (
         said(capsys, run, top_k=1)
         == said(capsys, run, temperature=0.0)
@@ -70,7 +70,8 @@ def test_the_checkpoint_is_all_that_sampling_needs(run, tmp_path, capsys):
         ({"start": "FILE:none.txt"}, "none.txt"),
         ({"start": "FILE:latin.txt"}, "byte 0 is not UTF-8"),
         ({"checkpoint": "other.pt"}, "other.pt: no such checkpoint"),
-        ({"device": "cuda:99"}, "'cuda:99'"),
+        ({"device": "cuda:99"}, "device=cuda:99: torch finds"),
+        ({"temperature": 0.0, "num_samples": 2}, "temperature=0 writes one text"),
     ],
 )
 def test_mistakes_are_named(run, options, words, capsys):
@@ -84,11 +85,11 @@ def test_mistakes_are_named(run, options, words, capsys):
     [("num_samples", 0), ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)],
 )
 def test_options_out_of_range_are_refused(name, value):
-    with pytest.raises(UserError, match=f"{name} is {value}"):
+    with pytest.raises(UserError, match=f"{name}={value} must be at least"):
         SampleConfig(**{name: value})
 
 
-def test_reader_that_has_seen_enough_is_no_error(run):
+def test_a_reader_that_closes_the_pipe_is_no_error(run):
     command = [
         sys.executable,
         ROOT / "sample.py",
@@ -128,5 +129,5 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(run):
             load_checkpoint(path)
         assert "\n" not in str(error.value)
     torch.save({"model": {}}, path)
-    with pytest.raises(UserError, match=r"ckpt\.pt: not a checkpoint that this program wrote"):
+    with pytest.raises(UserError, match=r"ckpt\.pt: not a checkpoint of this program"):
         load_checkpoint(path)

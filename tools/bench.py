@@ -215,9 +215,8 @@ def time_step(make: Callable[[], Trainer], seconds: float) -> dict:
             return trainer.step_model(x, y)[1]
 
     calls = [partial(trainer.train_step, 0, trainer.config.learning_rate), forward]
-    calls.append(lambda: forward().backward())
-    calls.append(lambda: [optimizer.step() for optimizer in trainer.optimizers])
-    calls.append(lambda: trainer.micro_batch(0, 0))
+    calls += [lambda: forward().backward(), lambda: [o.step() for o in trainer.optimizers]]
+    calls.append(partial(trainer.micro_batch, 0, 0))
     step, once, both, update, data = (median_seconds(call, device, seconds) for call in calls)
     parts = (once / x.numel(), max(0, both - once) / x.numel(), update / tokens, data / x.numel())
     gflops = trainer.model.flops_per_token(x.size(1)) * tokens / step / 1e9
@@ -243,7 +242,7 @@ def make_nanogpt(options: TrainConfig, folder: str) -> Trainer:
 
 def time_product(dtype: str, device: torch.device, tiny: bool) -> dict:
     """Time the product of two large matrices: no training step computes faster."""
-    runtime.set_up(device)  # on a GPU, float32 becomes TF32
+    runtime.set_up(device)
     n = 64 if tiny else 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device, dtype=runtime.DTYPES[dtype])
     seconds = median_seconds(lambda: a @ b, device)
@@ -255,7 +254,7 @@ def throughput(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
     if config.nanogpt:
         makers["nanoGPT"] = partial(make_nanogpt, options, config.nanogpt)
     sides = {name: (time_step, make, config.seconds) for name, make in makers.items()}
-    for dtype in ("bfloat16", "float32"):
+    for dtype in ("bfloat16", "float32"):  # on a GPU, float32 is computed as TF32
         sides[f"{dtype} product"] = (time_product, dtype, device, config.tiny)
     return sides, ("GFLOPS of a training step and of a matrix product", ["gflops"], "gflops")
 
@@ -268,16 +267,15 @@ def time_writing(side: str, dtype: str, B: int, config: BenchConfig, options: Tr
     if side == "transformers":
         from transformers import GPT2Config, GPT2LMHeadModel  # only the tests need this package
 
-        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size)
-        model = GPT2LMHeadModel(GPT2Config(c.vocab_size, **sizes))
+        shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size)
+        model = GPT2LMHeadModel(GPT2Config(n_positions=c.block_size, **shape))
         settings = dict(min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
     else:
         model = gpt.GPT(c) if side == "ours" else build_original(Path(config.nanogpt), c)
     model = model.to(device, runtime.DTYPES[dtype]).eval()
     prompt = torch.zeros(B, 1, dtype=torch.int64, device=device)
-    with torch.no_grad():
-        write = partial(model.generate, prompt, max_new_tokens=n, **settings)
-        seconds = median_seconds(lambda: list(write()), device, config.seconds)
+    write = partial(model.generate, prompt, max_new_tokens=n, **settings)  # turns gradients off
+    seconds = median_seconds(lambda: list(write()), device, config.seconds)
     return {"ms": 1e3 * seconds, "new_tokens_per_second": B * n / seconds}
 
 
@@ -306,10 +304,9 @@ def train_and_resume(options: TrainConfig, steps: int) -> dict:
     pairs = zip(trainer.model.parameters(), resumed.model.parameters(), strict=True)
     difference = max((a - b).abs().max().item() for a, b in pairs)
     same = f"differs by {difference:.1g}" if difference else "has the same bits"
-    result = f"loss {first:.2f} to {last:.2f}; saved in {trainer.save_seconds:.1f} s; "
-    result += f"a resumed step {same}"
-    speed = trainer.tokens_per_step / seconds
-    return {"ms": 1e3 * seconds, "tokens_per_second": speed, "result": result}
+    result = f"loss {first:.2f} to {last:.2f}; saved in {trainer.save_seconds:.1f} s"
+    row = {"ms": 1e3 * seconds, "tokens_per_second": trainer.tokens_per_step / seconds}
+    return row | {"result": f"{result}; a resumed step {same}"}
 
 
 def gpu(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
@@ -321,16 +318,15 @@ def gpu(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
     training = replace(training, warmup_iters=steps // 10, lr_decay_iters=steps)
     sides = throughput(replace(config, nanogpt=""), phase3)[0]
     del sides["ours"]
-    for name in ("adamw", "muon"):
-        run = replace(training, optimizer=name)
-        sides[f"{steps} steps, {name}"] = (train_and_resume, run, steps)
+    for each in (training, replace(training, optimizer="muon")):
+        sides[f"{steps} steps, {each.optimizer}"] = (train_and_resume, each, steps)
     sides["loading"] = (time_loader, OURS, training, 2)
     for B in (1, 8):
         sides[f"generation, batch {B}"] = (time_writing, "ours", "bfloat16", B, config, phase3)
     runs = {"phase 3": phase3, "GPT-2 124M": gpt2}.items()
-    for (name, run), B in itertools.product(runs, (8, 16, 32)):
-        run = replace(run, batch_size=B, gradient_accumulation_steps=1)
-        sides[f"{name}, batch {B}"] = (time_step, partial(make_trainer, run), 2)
+    for (name, each), B in itertools.product(runs, (8, 16, 32)):
+        one_pass = replace(each, batch_size=B, gradient_accumulation_steps=1)
+        sides[f"{name}, batch {B}"] = (time_step, partial(make_trainer, one_pass), 2)
     return sides, ("us per token, and tokens per second", PARTS, "tokens_per_second")
 
 
@@ -340,10 +336,9 @@ def make_trainer(options: TrainConfig, **way) -> Trainer:
     way = FAST | way
     gpt.attention, gpt.gelu = way["attention"], way["gelu"]
     changes = {name: way[name] for name in ("dtype", "compile") if way.get(name) is not None}
-    options = replace(options, **changes)
     if way["set_up"]:
         runtime.set_up(resolve_device(options.device), options.deterministic)
-    trainer = Trainer(options, Processes(options.device))
+    trainer = Trainer(replace(options, **changes), Processes(options.device))
     runtime.compile_model(trainer)
     if not way["fused"]:
         plain = {"fused": False, "foreach": False}
@@ -359,23 +354,20 @@ def in_child(function: Callable, *args) -> dict:
 
 
 def measure(sides: dict[str, tuple], rounds: int, minutes: float = math.inf) -> list[dict]:
-    """Call the function of each side, in turn, `rounds` times. Returns the rows of median time.
-
-    With `minutes`, no measurement starts after that time, and a failure becomes a row, too.
-    """
+    """Call the function of each side, in turn, `rounds` times. Returns the rows of median time."""
     end, results = time.perf_counter() + 60 * minutes, {name: [] for name in sides}
     for name, side in list(sides.items()) * rounds:
         print(f"measuring {name} ...", flush=True)
         try:
             if time.perf_counter() > end:
-                raise UserError(f"not measured: {minutes} minutes are over")
+                raise UserError(f"not started, {minutes} minutes are over")
             results[name].append(in_child(*side))
-        except Exception as error:  # such as too little memory
+        except Exception as error:  # such as too little memory: with `minutes`, measure the rest
             if minutes == math.inf:
                 raise
-            results[name].append({"ms": math.nan, "result": one_line(error)[:80]})
-    middle = [sorted(rows, key=lambda row: row["ms"])[rounds // 2] for rows in results.values()]
-    return [{"what": name} | row for name, row in zip(sides, middle, strict=True)]
+            results[name].append({"result": f"failed: {one_line(error)[:80]}"})
+        results[name].sort(key=lambda row: row.get("ms", 0))
+    return [{"what": name} | rows[rounds // 2] for name, rows in results.items()]
 
 
 def draw_bars(title: str, rows: list[dict], parts: list[str], note: str):
@@ -385,9 +377,8 @@ def draw_bars(title: str, rows: list[dict], parts: list[str], note: str):
     figure = Figure(figsize=(9, 1.6 + 0.34 * len(rows)), dpi=150, layout="constrained")
     axes, names, ends = figure.subplots(), [row["what"] for row in rows], np.zeros(len(rows))
     for part in parts:
-        lengths = np.array([row[part] for row in rows])
-        axes.barh(names, lengths, left=ends, label=part.replace("_", " "))
-        ends = ends + lengths
+        axes.barh(names, [row[part] for row in rows], left=ends, label=part.replace("_", " "))
+        ends = ends + [row[part] for row in rows]
     for row, end in zip(rows, ends, strict=True):
         axes.annotate(f" {cell(note, row[note])}", (end, row["what"]), va="center", fontsize=9)
     for i, (label, value) in enumerate(CONSUMERS.items() if note == "hours" else ()):
@@ -406,8 +397,8 @@ def cell(key: str, value: str | float) -> str:
         return value
     if key.startswith("of_"):
         return f"{value:.0%}"
-    digits = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return digits + {"speedup": "x", "hours": " h"}.get(key, "")
+    unit = {"speedup": "x", "hours": " h"}.get(key, "")
+    return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + unit
 
 
 def main(config: BenchConfig) -> None:
@@ -426,9 +417,9 @@ def main(config: BenchConfig) -> None:
             row["speedup"] = speed / rows[0].get("tokens_per_second", speed)
         if "gflops" in row:
             row |= {f"of_{name.split()[0]}": row["gflops"] / peaks[name] for name in peaks}
-    steps = [row for row in rows if "gflops" in row and "hours" in row]
-    for name, peak in preflight.GPUS.items() if config.what == "gpu" and steps else ():
-        hours = steps[0]["hours"] * steps[0]["gflops"] * 1e9 / (0.4 * peak)  # of its peak
+    step = next((row for row in rows if "gflops" in row and "hours" in row), None)
+    for name, peak in preflight.GPUS.items() if config.what == "gpu" and step else ():
+        hours = step["hours"] * step["gflops"] * 1e9 / (0.4 * peak)  # 40%, as preflight has it
         rows.append({"what": f"estimate of preflight, {name}", "hours": hours})
     device, info = resolve_device(options.device), Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)|$", info.read_text() if info.exists() else "")[1]
@@ -449,7 +440,9 @@ def main(config: BenchConfig) -> None:
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[cell(key, row.get(key, "")) for key in keys] for row in rows]
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    print(markdown_table([key.replace("_", " ") for key in keys], cells, set(range(1, len(keys)))))
+    print(
+        markdown_table([key.replace("_", " ") for key in keys], cells, set(range(1, len(keys) - 1)))
+    )
     print(f"{to}.jsonl and {to}.png have the results")
 
 

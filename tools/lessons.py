@@ -133,7 +133,7 @@ def draw_lesson(lesson: str, config: LessonsConfig) -> None:
         draw_run(axes, x, CORRECT, ("0.8", "0.6"), config)
         draw_run(axes, x, mistake, ("tab:blue", "tab:orange"), config)
         for loss in BASELINES.values():
-            axes.axhline(loss, color="0.3", lw=0.8, ls=":", zorder=1)
+            axes.axhline(loss, color="0.3", lw=0.8, ls=":", zorder=0)
         axes.set(xlabel=x, title=mistake.title, ylim=(-0.15, 4.65))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
@@ -153,7 +153,7 @@ def draw_run(axes, x: str, mistake: Mistake, colors: tuple, config: LessonsConfi
     evaluations = [(r[x], r["val_loss"]) for r in records if "val_loss" in r]
     axes.scatter(*zip(*evaluations, strict=True), 20, colors[1], label="validation" + suffix)
     if output["error"]:
-        axes.scatter(*steps[-1], 60, "tab:red", "x")
+        axes.scatter(*steps[-1], 60, "tab:red", marker="x")
         axes.annotate(" NaN", steps[-1], va="bottom", color="tab:red")
 
 
@@ -207,7 +207,7 @@ def make_table(mistakes: list[Mistake], config: LessonsConfig) -> str:
     for mistake in mistakes:
         output, records = read_run(mistake, config)
         notes = re.findall(r"^(?:FAIL [^:]+|warning: [^;]+)", output["preflight"], re.MULTILINE)
-        notes += [output["error"].split(";")[0]] * bool(output["error"])
+        notes += [re.split(", at |;", output["error"])[0]] * bool(output["error"])
         end = {} if output["error"] else records[-1]  # the last evaluation
         figures = [f"{end[key]:.4f}" if end else "" for key in ("train_loss", "val_loss")]
         speeds = [r["tokens_per_second"] for r in records if "loss" in r]

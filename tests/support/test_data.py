@@ -1,4 +1,4 @@
-"""Tokenizer, token files and batches."""
+"""Token files: batches from them, checks of a data set, and what meta.json says."""
 
 import json
 import os
@@ -8,33 +8,10 @@ import pytest
 from conftest import TEXT
 
 from configurator import UserError
-from support import data, tokenizer
-from support.data import Dataset, gather, random_offsets, spread_offsets, whole_file_offsets
+from support import data
+from support.data import Dataset, Tokens, gather, random_offsets, write_dataset
 from support.files import atomic_write
 from support.tokenizer import CharTokenizer
-
-
-def test_text_survives_encoding_and_decoding():
-    text = "naïve café, 日本 🙂\r\n\ttabs"
-    tok = CharTokenizer.from_text(text)
-    ids = tok.encode(text)
-    assert tok.decode(ids) == text
-    assert sorted(set(ids)) == list(range(tok.vocab_size))
-    again = tokenizer.from_dict(json.loads(json.dumps(tok.to_dict())))
-    assert again.encode(text) == ids
-
-
-def test_unknown_character_is_named_with_its_position():
-    with pytest.raises(UserError, match=r"'d' at position 3 is not among the 3 characters"):
-        CharTokenizer("abc").encode("abcd")
-
-
-@pytest.mark.parametrize(
-    "fields", [{}, {"kind": "other"}, {"kind": "char", "chars": 3}, {"kind": "char", "chars": "ba"}]
-)
-def test_unknown_tokenizer_is_refused(fields):
-    with pytest.raises(UserError, match="prepare"):
-        tokenizer.from_dict(fields)
 
 
 def test_files_are_byte_for_byte_what_numpy_writes(dataset):
@@ -60,11 +37,11 @@ def test_meta_describes_the_files(dataset):
 def test_batch_has_the_text_and_its_next_characters(dataset):
     train = Dataset(dataset, 16).train
     x, y = gather(train, np.array([0, 100, len(train) - 17]), 16)
-    tok = CharTokenizer.from_text(TEXT)
+    tokenizer = CharTokenizer.from_text(TEXT)
     n = int(0.9 * len(TEXT))
     for row, offset in enumerate((0, 100, n - 17)):
-        assert tok.decode(x[row].tolist()) == TEXT[offset : offset + 16]
-        assert tok.decode(y[row].tolist()) == TEXT[offset + 1 : offset + 17]
+        assert tokenizer.decode(x[row].tolist()) == TEXT[offset : offset + 16]
+        assert tokenizer.decode(y[row].tolist()) == TEXT[offset + 1 : offset + 17]
     assert x.dtype == y.dtype == np.int64
 
 
@@ -79,15 +56,35 @@ def test_random_offsets_cover_the_file_and_depend_on_seed_and_step_alone():
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 16, 599])
-def test_evaluation_sees_every_token_but_the_first_as_a_target_once(dataset, block_size):
-    val = Dataset(dataset, block_size).val
-    x, y = gather(val, whole_file_offsets(len(val), block_size), block_size)
-    assert np.array_equal(y[y >= 0], val.open()[1:])
-    assert np.array_equal(x[y >= 0], val.open()[:-1])
+def test_an_evaluation_sees_every_validation_token_but_the_first_as_a_target_once(
+    dataset, block_size
+):
+    opened = Dataset(dataset, block_size)
+    _, windows = opened.eval_windows(block_size, limit=0)
+    x, y = gather(opened.val, windows, block_size)
+    assert np.array_equal(y[y >= 0], opened.val.open()[1:])
+    assert np.array_equal(x[y >= 0], opened.val.open()[:-1])
 
 
-def test_spread_windows_reach_from_the_first_token_to_the_last():
-    assert spread_offsets(5, 101, 16).tolist() == [0, 21, 42, 63, 84]
+def test_a_limited_evaluation_is_spread_over_both_files(dataset):
+    opened = Dataset(dataset, 16)
+    train, val = opened.eval_windows(16, limit=5)
+    assert len(train) == len(val) == 5
+    assert train[0] == val[0] == 0
+    assert train[-1] + 16 == len(opened.train) - 1  # the last target is the last token
+    assert len(opened.val) - 1 - val[-1] <= 16 and set(np.diff(val) % 16) == {0}
+
+
+def test_a_run_keeps_its_data_when_the_data_set_is_prepared_again(dataset, monkeypatch):
+    nothing = type("Memory", (), {"available": 100})
+    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: nothing)
+    tokens = Tokens(dataset / "train.bin")
+    before = np.array(tokens.open())
+    other = (17 - before).tolist()
+    write_dataset(dataset, CharTokenizer.from_text(TEXT), other, other, len(other), {})
+    assert isinstance(tokens.open(), np.memmap)
+    assert np.array_equal(tokens.open(), before)
+    assert np.array_equal(Tokens(dataset / "train.bin").open(), other)
 
 
 def test_mapped_file_gives_the_same_batches_as_one_in_memory(dataset, monkeypatch):
@@ -120,7 +117,7 @@ def flip_a_bit(folder):
     ("damage", "words"),
     [
         (lambda folder: (folder / "train.bin").unlink(), ["train.bin", "no such file", "prepare"]),
-        (lambda folder: (folder / "meta.json").unlink(), ["meta.json", "no such file", "prepare"]),
+        (lambda folder: (folder / "meta.json").unlink(), ["no meta.json", "prepare"]),
         (
             lambda folder: (folder / "meta.json").write_bytes(b"\x80nonsense"),
             ["meta.json", "JSON", "prepare"],
@@ -137,21 +134,23 @@ def flip_a_bit(folder):
             lambda folder: (folder / "meta.json").write_text("3"),
             ["meta.json", "vocab_size", "missing"],
         ),
-        (edit_meta(vocab_size="many"), ["meta.json", "vocab_size", "'many'", "whole number"]),
+        (edit_meta(vocab_size="many"), ["meta.json", "vocab_size", "many", "not a count"]),
+        (edit_meta(val_bytes=0), ["meta.json", "val_bytes is 0", "not a count"]),
+        (edit_meta(val_bytes=10**30), ["meta.json", "val_bytes", "not a count"]),
         (edit_meta(sha256={}), ["meta.json", "sha256", "train.bin"]),
-        (edit_meta(vocab_size=5), ["meta.json", "vocab_size is 5", "18 tokens", "prepare"]),
+        (edit_meta(vocab_size=5), ["meta.json", "the tokenizer has 18 tokens", "prepare"]),
         (
             edit_meta(vocab_size=5, tokenizer={"kind": "char", "chars": "abcde"}),
-            ["train.bin", "token id 17", "vocabulary of 5"],
+            ["train.bin", "token id 17", "not in meta.json's vocabulary"],
         ),
-        (edit_meta(train_tokens=3), ["train.bin", "meta.json promises 6", "prepare"]),
+        (edit_meta(train_tokens=3), ["train.bin", "meta.json says 6", "prepare"]),
         (
             lambda folder: os.truncate(folder / "val.bin", 801),
-            ["val.bin", "801 bytes", "cut", "prepare"],
+            ["val.bin", "801 bytes", "not whole", "prepare"],
         ),
         (
             lambda folder: os.truncate(folder / "val.bin", 800),
-            ["val.bin", "800 bytes", "promises", "prepare"],
+            ["val.bin", "800 bytes", "says", "prepare"],
         ),
         (flip_a_bit, ["train.bin", "sha256", "prepare"]),
     ],
@@ -168,7 +167,7 @@ def test_split_shorter_than_a_sequence_is_refused(dataset):
     n_val = len(Dataset(dataset, 16).val)
     Dataset(dataset, n_val - 1)
     with pytest.raises(
-        UserError, match=rf"val.bin: {n_val} tokens are fewer than block_size \+ 1 = {n_val + 1}"
+        UserError, match=rf"val.bin: {n_val} tokens are too few for block_size={n_val}"
     ):
         Dataset(dataset, n_val)
 
@@ -191,7 +190,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
             if fails:
                 raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="file: can not be written .disk full.; .* is unchanged"):
         write(b"half", fails=True)
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
     write(b"new", fails=False)

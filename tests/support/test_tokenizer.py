@@ -188,3 +188,24 @@ def test_a_short_text_is_one_piece():
 
 def test_a_lone_surrogate_of_a_prompt_becomes_a_replacement_character():
     assert BPE.decode(BPE.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_characters_survive_encoding_and_decoding():
+    text = "naïve café, 日本 🙂\r\n\ttabs"
+    tokenizer = CharTokenizer.from_text(text)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert sorted(set(ids)) == list(range(tokenizer.vocab_size))
+
+
+def test_an_unknown_character_is_named_with_its_position():
+    with pytest.raises(UserError, match=r"'d' at position 3 is not one of the 3 characters"):
+        CharTokenizer("abc").encode("abcd")
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"kind": "other"}, {"kind": "char", "chars": 3}, {"kind": "char", "chars": "ba"}]
+)
+def test_an_unknown_tokenizer_is_refused(fields):
+    with pytest.raises(UserError, match="prepare"):
+        from_dict(fields)

@@ -1,203 +1,274 @@
-"""bench.py compares like with like: every way computes the same losses, every loader makes the same batches."""
+"""The benchmark compares like with like: all ways compute the same, all loaders load the same."""
 
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import model as gpt
 from configurator import UserError, read_options
 from tools import bench
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent.parent
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    vocab_size: int; block_size: int; n_layer: int; n_head: int; n_embd: int
+    dropout: float; bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.lm_head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, x, y=None):
+        logits = self.lm_head(self.wte(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas)
+
+    def generate(self, idx, max_new_tokens):
+        return torch.cat((idx, idx[:, :1].expand(-1, max_new_tokens)), dim=1)
+"""
 
 
-@pytest.fixture
-def config(tiny_run, monkeypatch, tmp_path) -> bench.BenchConfig:
-    """Tiny, measured in this process, which is as it was afterwards."""
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Measure without starting processes; leave model.py and torch as they were."""
     monkeypatch.setattr(gpt, "attention", gpt.attention)
     monkeypatch.setattr(gpt, "gelu", gpt.gelu)
     monkeypatch.setattr(bench, "in_child", lambda function, *args: function(*args))
-    return bench.BenchConfig(
-        **tiny_run.options, rounds=1, seconds=0.0, to=str(tmp_path / "bench"), new_tokens=5
+    monkeypatch.chdir(ROOT)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def options(tiny_run, dataset, monkeypatch) -> TrainConfig:
+    monkeypatch.chdir(dataset.parent.parent)
+    return TrainConfig(**tiny_run.options)
+
+
+def measure(tmp_path, capsys, what: str, **changed) -> tuple[dict, dict[str, dict]]:
+    """Run a tiny benchmark. Returns the first JSON line and the others by name."""
+    changed = dict(rounds=1, seconds=0.001, new_tokens=5, vocab_size=30) | changed
+    config = bench.BenchConfig(
+        what=what, tiny=True, device="cpu", to=str(tmp_path / "bench"), **changed
     )
-
-
-def losses(way: bench.Way, config: bench.BenchConfig) -> list[float]:
-    trainer = bench.trainer_in(way, config)
-    assert "not compiled" in trainer.prepare() or way.compile
-    return [trainer.read(trainer.train_step(step, config.learning_rate))[0] for step in range(20)]
-
-
-def test_every_way_to_compute_gives_the_losses_of_the_naive_one_over_20_steps(config):
-    naive = losses(bench.NAIVE, config)
-    assert naive[-1] < naive[0] - 0.3
-    ways = list(dict.fromkeys(way for _, _, way in bench.rungs()))
-    assert ways[0] == bench.NAIVE and ways[-1] == bench.Way()
-    for way in ways[1:]:
-        in_float32 = losses(replace(way, dtype="float32"), config)
-        assert in_float32 == pytest.approx(naive, rel=1e-4), way
-    assert losses(replace(ways[-1], dtype="bfloat16", compile=False), config) == pytest.approx(
-        naive, rel=5e-3
-    )
-
-
-def test_each_rung_changes_one_thing():
-    rungs = [(load, *vars(way).values()) for _, load, way in bench.rungs()]
-    for before, after in itertools.pairwise(rungs):
-        assert sum(a is not b for a, b in zip(before, after, strict=True)) == 1
-
-
-def test_every_loader_makes_the_batch_that_the_offsets_name(config, tmp_path):
-    trainer = bench.make_trainer(config)
-    loader, offsets = bench.Loader(trainer, tmp_path), np.array([5, 0, 300])
-    ids = torch.from_numpy(trainer.data.train.open().astype(np.int64))
-    for load in dict.fromkeys(load for _, load, _ in bench.rungs()):
-        x, y = load(loader, offsets)
-        assert x.shape == y.shape == (3, config.block_size) and x.dtype == y.dtype == torch.int64
-        assert torch.equal(x[:, 1:], y[:, :-1])
-        if load is bench.from_text:  # which finds its own places
-            assert all(trainer.tokenizer.decode(row.tolist()) in loader.text for row in x)
-        else:
-            assert all(
-                torch.equal(row, ids[o : o + config.block_size])
-                for row, o in zip(x, offsets, strict=True)
-            )
-
-
-def test_the_flops_of_a_token_are_those_that_torch_counts(config):
-    model = bench.make_trainer(config).model
-    x = torch.zeros(3, config.block_size, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        model(x, x)[1].backward()
-    no_product = (
-        sum(p.numel() for p in model.parameters() if p.dim() < 2)
-        + model.transformer.wpe.weight.numel()
-    )
-    counted = counter.get_total_flops() / x.numel()
-    assert model.flops_per_token(config.block_size) - 6 * no_product == counted
-
-
-def shown(config: bench.BenchConfig, capsys) -> list[dict]:
-    """The rows of the JSON lines; the table and the picture are there too."""
     bench.main(config)
-    printed, folder = capsys.readouterr().out, bench.Path(config.to)
-    about, *rows = map(
-        json.loads, (folder / f"{config.show}.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    assert about["versions"].endswith(torch.__version__) and all(
-        value in printed for value in about.values()
-    )
-    assert (folder / f"{config.show}.png").read_bytes().startswith(b"\x89PNG")
-    assert sum(line.startswith("|") for line in printed.splitlines()) == len(rows) + 2
-    return rows
+    printed = capsys.readouterr().out
+    lines = (tmp_path / "bench" / f"{what}.jsonl").read_text(encoding="utf-8").splitlines()
+    about, *rows = map(json.loads, lines)
+    assert (tmp_path / "bench" / f"{what}.png").read_bytes().startswith(b"\x89PNG")
+    assert about["versions"].endswith(torch.__version__)
+    assert all(value in printed for value in about.values())
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(table) == len(rows) + 2 and all(row["what"] in printed for row in rows)
+    return about, {row["what"]: row for row in rows}
 
 
-def test_the_ladder_multiplies_its_factors(config, capsys, monkeypatch):
-    monkeypatch.setattr(bench.Trainer, "prepare", lambda _: "")  # not compiled: that takes long
-    rows = shown(replace(config, show="ladder"), capsys)
-    assert len(rows) == len(bench.rungs())
-    for i, row in enumerate(rows):
-        assert row["step_ms"] == pytest.approx(row["batch_ms"] + row["compute_ms"])
-        assert row["product"] == pytest.approx(rows[0]["step_ms"] / row["step_ms"])
-        assert row["product"] == pytest.approx(math.prod(r["factor"] for r in rows[: i + 1]))
-        assert row["tokens_per_second"] == pytest.approx(1e3 * 2 * 4 * 16 / row["step_ms"])
+def ways() -> list[dict]:
+    return list(itertools.accumulate(bench.RUNGS.values(), lambda way, change: way | change))
 
 
-def test_throughput_has_shares_of_the_peaks(config, capsys):
-    ours, bf16, fp32 = shown(replace(config, show="throughput", vocab_size=20), capsys)
-    assert ours["tokens_per_second"] == pytest.approx(1e3 * 2 * 4 * 16 / ours["step_ms"])
-    assert ours["of_bfloat16"] == pytest.approx(ours["gflops"] / bf16["gflops"])
-    assert ours["of_float32"] == pytest.approx(ours["gflops"] / fp32["gflops"])
-    shares = [ours[f"{part}_share"] for part in ("data", "forward", "backward", "optimizer")]
-    assert sum(shares) == pytest.approx(1) and min(shares) > 0
-    assert bf16["gflops"] == pytest.approx(2 * 2048**3 / bf16["step_ms"] / 1e6)
+def losses(way: dict, options: TrainConfig, **changed) -> list[float]:
+    trainer = bench.make_trainer(options, **(way | changed))
+    figures = [trainer.train_step(step, options.learning_rate) for step in range(15)]
+    return [trainer.read(f)[0] for f in figures]
 
 
-def test_generation_is_told_against_the_reading_of_the_weights(config, capsys):
-    rows = shown(replace(config, show="generate", transformers=True), capsys)
-    sides = {(r["side"], r["dtype"], r["batch_size"]): r for r in rows}
-    assert {"ours", "transformers", "ours, without cache", "reading the weights"} == {
-        side for side, _, _ in sides
-    }
-    bound = sides["reading the weights", "float32", 1]
-    for (_, dtype, batch_size), r in sides.items():
-        if dtype == "float32":
-            share = r["tokens_per_second"] / batch_size / bound["tokens_per_second"]
-            assert r["of_bound"] == pytest.approx(share)
+def test_every_rung_computes_the_losses_of_the_naive_one(options):
+    naive = losses(ways()[0], options)
+    assert naive[-1] < naive[0] - 0.3
+    for way in ways()[1:]:
+        assert losses(way, options, dtype="float32") == pytest.approx(naive, rel=1e-4), way
+    in_bfloat16 = losses(ways()[-1], options, dtype="bfloat16")
+    assert in_bfloat16 != naive and in_bfloat16 == pytest.approx(naive, rel=5e-3)
 
 
-def test_growth_has_every_axis_and_the_arithmetic_of_the_model(config, capsys, monkeypatch):
-    values = {"context": [8, 16], "batch": [2, 4], "width": [16, 32], "processes": [1, 2]}
-    for name, axis in (("CONTEXTS", "context"), ("BATCHES", "batch"), ("WIDTHS", "width")):
-        monkeypatch.setattr(bench, name, values[axis])
-    rows = shown(replace(config, show="growth"), capsys)
-    assert {axis: [r["value"] for r in rows if r["axis"] == axis] for axis in values} == values
+def test_each_rung_changes_one_thing_and_the_last_one_is_what_train_py_does():
+    for before, after in itertools.pairwise(ways()):
+        assert sum(before[key] != after[key] for key in before) == 1
+    assert bench.FAST.items() <= ways()[-1].items()
+    assert ways()[-1]["dtype"] is None and ways()[-1]["compile"] is None
+    assert not ways()[0].items() & ways()[-1].items()
+
+
+def test_every_loader_loads_the_sequences_at_the_offsets(options, tmp_path):
+    source, offsets, T = bench.Source(options, tmp_path), np.array([5, 0, 300]), options.block_size
+    ids = torch.from_numpy(source.tokens.open().astype(np.int64))
+    expected = torch.stack([ids[o : o + T + 1] for o in offsets])
+    for name in bench.LOADERS:
+        loaded = bench.load(name, source, offsets)
+        assert all(part.dtype == torch.int64 for part in loaded)
+        windows = loaded[0]
+        if len(loaded) == 2:  # inputs and targets
+            windows = torch.cat((loaded[0], loaded[1][:, -1:]), dim=1)
+            assert torch.equal(loaded[0][:, 1:], loaded[1][:, :-1])
+        assert windows.shape == expected.shape
+        if name.startswith("text"):  # which finds its own places
+            assert all(source.tokenizer.decode(row.tolist()) in source.text for row in windows)
+        else:
+            assert torch.equal(windows, expected), name
+
+
+def test_prefetching_returns_the_batch_that_was_asked_for_one_call_before(options, tmp_path):
+    source = bench.Source(options, tmp_path)
+    first, second = (np.array([at]) for at in (0, 7))
+    bench.prefetch(source, first)
+    x, _ = bench.prefetch(source, second)
+    assert np.array_equal(x, bench.gather(source.tokens, first, options.block_size)[0])
+
+
+def test_the_ladder_multiplies_its_factors(tmp_path, capsys):
+    _, rows = measure(tmp_path, capsys, "ladder")
+    assert list(rows) == list(bench.RUNGS)
+    for row in rows.values():
+        assert row["tokens_per_second"] == pytest.approx(1e3 * 2 * 16 / row["ms"])
+        assert row["speedup"] == pytest.approx(rows["naive"]["ms"] / row["ms"])
+        assert not any(key.startswith("of_") for key in row)  # no rung is a peak
+
+
+def test_the_loader_says_how_many_hours_the_whole_run_would_load(tmp_path, capsys):
+    about, rows = measure(tmp_path, capsys, "loader")
+    assert list(rows) == list(bench.LOADERS)
+    total = 42_000 * 8 * 2 * 16  # steps and sequences of config/phase3_gpt2.py, in tiny
+    assert f"{total:,} tokens" in about["run"]
+    for row in rows.values():
+        assert row["hours"] == pytest.approx(total / row["tokens_per_second"] / 3600)
+
+
+def test_throughput_has_the_parts_of_a_step_and_the_shares_of_the_peaks(tmp_path, capsys):
+    (tmp_path / "model.py").write_text(NANOGPT, encoding="utf-8")
+    _, rows = measure(tmp_path, capsys, "throughput", nanogpt=str(tmp_path))
+    bf16, fp32 = rows["bfloat16 product"], rows["float32 product"]
+    assert bf16["gflops"] == pytest.approx(2 * 64**3 / bf16["ms"] / 1e6)
+    for row in (rows["ours"], rows["nanoGPT"]):
+        assert row["of_bfloat16"] == pytest.approx(row["gflops"] / bf16["gflops"])
+        assert row["of_float32"] == pytest.approx(row["gflops"] / fp32["gflops"])
+        assert min(row["forward_us"], row["optimizer_us"], row["data_us"], row["memory_gb"]) > 0
+    flops = rows["ours"]["gflops"] / rows["ours"]["tokens_per_second"]
+    assert rows["nanoGPT"]["gflops"] / rows["nanoGPT"]["tokens_per_second"] == pytest.approx(flops)
+    assert rows["ours"]["speedup"] == 1
+
+
+def test_nanogpts_steps_train_nanogpts_model(options, tmp_path):
+    (tmp_path / "model.py").write_text(NANOGPT, encoding="utf-8")
+    trainer = bench.make_nanogpt(options, str(tmp_path))
+    assert type(trainer.step_model).__module__ == "nanogpt_model"
+    first, *_, last = [trainer.train_step(step, 1e-2) for step in range(15)]
+    assert trainer.read(last)[0] < trainer.read(first)[0] - 0.3
+
+
+def test_generation_counts_the_tokens_of_all_sequences(tmp_path, capsys):
+    (tmp_path / "model.py").write_text(NANOGPT, encoding="utf-8")
+    _, rows = measure(tmp_path, capsys, "generate", transformers=True, nanogpt=str(tmp_path))
+    assert {name.split(",")[0] for name in rows} == {"ours", "transformers", "nanogpt"}
+    for name, row in rows.items():
+        B = int(name.split()[-1])
+        assert row["new_tokens_per_second"] == pytest.approx(1e3 * B * 5 / row["ms"])
+
+
+def test_a_new_gpu_is_measured_in_one_table(tmp_path, capsys):
+    _, rows = measure(tmp_path, capsys, "gpu")
+    names = " ".join(rows)
     assert all(
-        r["gflops"] == pytest.approx(1e3 * r["mflop_per_token"] / r["us_per_token"]) for r in rows
+        f"{model}, batch {B}" in names for model in ("phase 3", "GPT-2 124M") for B in (8, 32)
     )
+    assert not [row for row in rows.values() if "failed" in row.get("result", "")]
+    for name in ("adamw", "muon"):
+        assert rows[f"10 steps, {name}"]["result"].endswith("a resumed step has the same bits")
+    step = rows["phase 3, batch 8"]
+    assert step["of_bfloat16"] == pytest.approx(step["gflops"] / rows["bfloat16 product"]["gflops"])
+    total, flops = 42_000 * 8 * 2 * 16, 1e9 * step["gflops"] / step["tokens_per_second"]
+    hours = rows["estimate of preflight, A100"]["hours"]
+    assert hours == pytest.approx(total * flops / (0.4 * 312e12) / 3600)
 
 
-def test_sides_take_turns_in_processes_of_their_own(monkeypatch):
-    called = []
-    real = bench.in_child
-    monkeypatch.setattr(bench, "in_child", lambda *call: called.append(call[1]) or real(*call))
-    sides = {name: (process_id, name) for name in ("a", "b")}
-    results = bench.alternate(bench.BenchConfig(rounds=3), sides)
+def fail() -> dict:
+    raise MemoryError("out of memory at\nbatch_size=64")
+
+
+def test_with_a_time_limit_a_failure_is_a_row_and_the_rest_is_measured():
+    sides = {"large": (fail,), "small": (dict, {"ms": 1.0})}
+    large, small = bench.measure(sides, rounds=1, minutes=7)
+    assert large == {"what": "large", "result": "failed: out of memory at batch_size=64"}
+    assert small == {"what": "small", "ms": 1.0}
+    (late,) = bench.measure({"late": (fail,)}, rounds=1, minutes=-1)
+    assert late["result"] == "failed: not started, -1 minutes are over"
+    with pytest.raises(MemoryError):
+        bench.measure(sides, rounds=1)
+
+
+def test_sides_are_measured_in_turn_and_each_time_in_a_new_process(monkeypatch):
+    monkeypatch.undo()
+    called, pids, real = [], [], bench.in_child
+
+    def watched(function, side: str) -> dict:
+        called.append(side[-1])
+        pids.append(real(function, side)["ms"])
+        return {"ms": pids[-1]}
+
+    monkeypatch.setattr(bench, "in_child", watched)
+    process_id = "{'ms': __import__('os').getpid()}"  # evaluated there without importing torch
+    rows = bench.measure({side: (eval, f"{process_id}  # {side}") for side in "ab"}, rounds=3)
     assert called == ["a", "b"] * 3
-    pids = [r["seconds"] for result in results.values() for r in result["rounds"]]
     assert len({*pids, os.getpid()}) == 7
-    for result in results.values():
-        assert result["seconds"] == np.median([r["seconds"] for r in result["rounds"]])
+    assert [row["ms"] for row in rows] == [np.median(pids[0::2]), np.median(pids[1::2])]
 
 
-def process_id(_: str) -> float:
-    return float(os.getpid())
-
-
-def test_the_command_takes_its_first_word_and_a_config_file(tmp_path):
-    (tmp_path / "small.py").write_text(
-        "n_layer, n_head, n_embd, block_size, batch_size = 1, 2, 8, 8, 2\n", encoding="utf-8"
-    )
+def test_the_command_takes_its_first_word_a_config_file_and_options_of_the_run(tmp_path):
+    shape = "n_layer, n_head, n_embd, block_size, gradient_accumulation_steps = 1, 2, 8, 8, 1\n"
+    (tmp_path / "small.py").write_text(shape + "compile = False\n", encoding="utf-8")
     command = [
         sys.executable,
         "-m",
         "tools.bench",
         "throughput",
-        "small.py",
-        "--vocab_size=30",
-        "--compile=False",
+        "--config=small.py",
+        "--batch_size=4",
     ]
-    command += ["--gradient_accumulation_steps=1", "--rounds=1", "--seconds=0.01", "--device=cpu"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", check=False
-    )
+    command += ["--vocab_size=30", "--rounds=1", "--seconds=0.01", "--device=cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
-    assert "| ours " in done.stdout and (tmp_path / "out/bench/throughput.png").exists()
+    assert "1 x 4 x 8 tokens per step" in done.stdout
+    assert (tmp_path / "out/bench/throughput.png").exists()
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (["--show=speed"], "show is 'speed' but must be one of ladder, throughput"),
-        (["--rounds=0"], "rounds is 0 but must be at least 1"),
-        (["--vocab_size=70000"], "vocab_size is 70000 but must be at least 0 and at most 65,536"),
-        (["--n_embd=10", "--n_head=3"], "n_embd=10 can not be split"),
+        ("--what=speed", "what is 'speed' but must be 'ladder' or 'loader'"),
+        ("--rounds=0", "rounds=0 must be at least 1"),
+        ("--vocab_size=70000", "vocab_size=70000 must be at least 0 and at most 65,536"),
+        ("--seconds=0", "seconds=0.0 must be at least 0.001"),
     ],
 )
 def test_a_mistake_is_named(changed, words):
     with pytest.raises(UserError, match=words):
-        read_options(bench.BenchConfig, changed)
+        read_options(bench.BenchConfig, [changed])
 
 
-def test_a_folder_without_nanogpt_is_named(config):
-    with pytest.raises(
-        UserError, match=r"model\.py: no such file; nanogpt is the folder of a copy of nanoGPT"
-    ):
-        bench.main(replace(config, show="throughput", vocab_size=20, nanogpt="nowhere"))
+def test_a_mistake_in_an_option_of_the_run_is_named(tmp_path, capsys):
+    with pytest.raises(UserError, match="optimizer is 'sgd' but must be 'adamw' or 'muon'"):
+        measure(tmp_path, capsys, "throughput", optimizer="sgd")
+
+
+def test_a_folder_without_nanogpt_is_named(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"model\.py: no such file; nanogpt is the folder"):
+        measure(tmp_path, capsys, "throughput", nanogpt="nowhere")

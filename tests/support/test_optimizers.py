@@ -1,0 +1,57 @@
+"""Muon against torch's own, and which optimizer gets which parameters."""
+
+import pytest
+import torch
+
+from support.optimizers import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_takes_the_steps_of_torchs_muon(dtype):
+    """In bfloat16 exactly; in float32 as close as the rounding of torch's bfloat16 allows."""
+    torch.manual_seed(0)
+    shapes = [(48, 16), (16, 16), (48, 16), (16, 64), (64, 16), (16, 16)]
+    start = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    optimizers = (
+        Muon(ours, lr=0.1, weight_decay=0.2, dtype=dtype),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2),
+    )
+    for _ in range(10):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, w in zip(ours, theirs, start, strict=True):
+        assert (b - w).abs().max() > 0.3
+        tolerance = 1e-6 if dtype == torch.bfloat16 else 0.03
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_orthogonalize_moves_all_singular_values_close_to_1():
+    x = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(x))
+    assert values.min() > 0.6 and values.max() < 1.25
+    assert torch.linalg.svdvals(x).max() > 4
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest_at_proportional_rates(
+    tiny_trainer,
+):
+    trainer = tiny_trainer(optimizer="muon", muon_lr=0.5, learning_rate=0.1)
+    muon, adamw = trainer.optimizers
+    assert type(muon) is Muon and type(adamw) is torch.optim.AdamW
+    in_muon = {p for group in muon.param_groups for p in group["params"]}
+    assert in_muon == {p for p in trainer.model.transformer.h.parameters() if p.dim() == 2}
+    groups = muon.param_groups + adamw.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    trainer.train_step(0, lr=0.02)
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.02, 0.02])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_exactly_one_group(tiny_trainer, optimizer):
+    trainer = tiny_trainer(optimizer=optimizer, tie_weights=False)
+    found = [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]
+    assert len(found) == len(set(found)) and set(found) == set(trainer.model.parameters())

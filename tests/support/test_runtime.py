@@ -1,0 +1,185 @@
+"""Device, dtype, compiling, memory and signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from conftest import ROOT, logged, options
+
+import train
+from configurator import UserError
+from support import runtime
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_takes_the_gpu_and_a_device_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert runtime.resolve_device("auto").type == "cuda"
+    assert runtime.resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="cuda:2: torch finds 2"):
+        runtime.resolve_device("cuda:2")
+    with pytest.raises(UserError, match="gpu is not a device"):
+        runtime.resolve_device("gpu")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_takes_bfloat16_where_the_hardware_has_it(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8 if native else 7, 5))
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": native}
+    )
+    for device in (CUDA, CPU):
+        assert runtime.dtype_name(runtime.resolve_dtype("auto", device)) == expected
+    assert runtime.resolve_dtype("float16", CPU) == torch.float16
+    assert runtime.resolve_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_auto_asks_about_the_gpu_that_is_used(monkeypatch):
+    """cuda:0 is old and cuda:1 new."""
+    versions = {torch.device("cuda:0"): (7, 5), torch.device("cuda:1"): (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: versions[device])
+    assert runtime.resolve_dtype("auto", torch.device("cuda:0")) == torch.float32
+    assert runtime.resolve_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
+
+
+def test_compile_auto_is_for_long_runs_with_a_compiler(monkeypatch):
+    monkeypatch.setattr(runtime.shutil, "which", lambda _: "/usr/bin/c++")
+    assert runtime.why_not_compile("auto", CPU, 5000) == ""
+    assert "50 steps" in runtime.why_not_compile("auto", CPU, 50)
+    assert runtime.why_not_compile(True, CPU, 50) == ""
+    assert runtime.why_not_compile(False, CPU, 5000) == "--compile=False"
+    assert "Apple" in runtime.why_not_compile("auto", torch.device("mps"), 5000)
+    monkeypatch.setattr(runtime.shutil, "which", lambda _: None)
+    assert "compiler" in runtime.why_not_compile("auto", CPU, 5000)
+    monkeypatch.setattr(runtime.platform, "system", lambda: "Windows")
+    assert "Triton" in runtime.why_not_compile("auto", CUDA, 5000)
+
+
+def test_a_run_continues_without_compiling_when_that_fails(tiny_run, monkeypatch, capsys):
+    def broken(_model):
+        def call(*_):
+            raise RuntimeError("no compiler here\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    out_dir = tiny_run(compile=True)
+    printed = capsys.readouterr().out
+    assert "not compiled: RuntimeError: no compiler here\n" in printed
+    assert printed.index("compiling the model") < printed.index("not compiled")
+    assert logged(out_dir)[-1]["step"] == 12
+
+
+def test_compiled_and_plain_runs_have_the_same_losses(tiny_run, capsys):
+    run = {"dtype": "float32", "n_layer": 1, "max_iters": 4, "eval_interval": 4}
+    plain = logged(tiny_run(**run))
+    capsys.readouterr()
+    compiled = logged(tiny_run(compile=True, **run))
+    assert "\ncompiled in" in capsys.readouterr().out
+    for a, b in zip(plain, compiled, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_median_seconds_is_the_middle_of_five_calls(monkeypatch):
+    now, seconds = [0.0], iter([9.0, 1.0, 2.0, 0.5, 1.5])
+    monkeypatch.setattr(runtime, "now", lambda _: now[0])
+
+    def work():
+        now[0] += next(seconds)
+
+    assert runtime.median_seconds(work, CPU) == 1.5
+    seconds = iter([12.0])
+    assert runtime.median_seconds(work, CPU, at_most=10) == 12.0
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), "from the allocator"]
+)
+def test_running_out_of_memory_says_what_to_set(tiny_run, monkeypatch, error):
+    def train_step(*_):
+        if isinstance(error, str):
+            torch.empty(1 << 55)
+        raise error
+
+    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+    words = "out of memory at batch_size=4; .* gradient_accumulation_steps=2 by the same factor"
+    with pytest.raises(UserError, match=words):
+        tiny_run()
+
+
+def test_other_errors_are_not_called_out_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"), runtime.explain_out_of_memory(4, 2):
+        raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize(
+    ("system", "peak"), [("Windows", 7), ("Darwin", 3), ("Linux", 3 * 1024)], ids=str
+)
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, system, peak):
+    info = types.SimpleNamespace(peak_wset=7)
+    process = types.SimpleNamespace(memory_info=lambda: info)
+    usage = types.SimpleNamespace(ru_maxrss=3)
+    fake = types.SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: usage)
+    monkeypatch.setattr(runtime.platform, "system", lambda: system)
+    monkeypatch.setattr(runtime.psutil, "Process", lambda: process)
+    monkeypatch.setitem(sys.modules, "resource", fake)
+    assert runtime.peak_memory(CPU) == peak
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to another process")
+def test_a_second_interrupt_stops_at_once(tiny_run):
+    args = options(tiny_run, max_iters=100_000, eval_interval=100_000)
+    code = f"""
+import time, train
+train_step = train.Trainer.train_step
+def slow(trainer, step, *args):
+    if step == 5:
+        print("waiting", flush=True)
+        time.sleep(30)
+    return train_step(trainer, step, *args)
+train.Trainer.train_step = slow
+train.main(train.configure(train.TrainConfig, {args!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line == "waiting\n":
+            break
+    started = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # the first one only asks
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130 and time.perf_counter() - started < 10
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_an_ignored_signal_stays_ignored():
+    """nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runtime.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_bits_are_the_same_on_a_cpu_after_set_up():
+    runtime.set_up(CPU)
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_programs_start_from_any_folder(tmp_path):
+    args = [sys.executable, ROOT / "sample.py", "--help"]
+    done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--out_dir" in done.stdout
