@@ -77,6 +77,7 @@ def test_a_run_continues_without_compiling_when_that_fails(tiny_run, monkeypatch
     assert logged(out_dir)[-1]["step"] == 12
 
 
+@pytest.mark.slow  # compiles for 20 s
 def test_compiled_and_plain_runs_have_the_same_losses(tiny_run, capsys):
     run = {"dtype": "float32", "n_layer": 1, "max_iters": 4, "eval_interval": 4}
     plain = logged(tiny_run(**run))
@@ -94,7 +95,7 @@ def test_median_seconds_is_the_middle_of_five_calls(monkeypatch):
     def work():
         now[0] += next(seconds)
 
-    assert runtime.median_seconds(work, CPU) == 1.5
+    assert runtime.median_seconds(work, CPU, at_most=100) == 1.5
     seconds = iter([12.0])
     assert runtime.median_seconds(work, CPU, at_most=10) == 12.0
 
