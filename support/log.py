@@ -225,7 +225,7 @@ def read_log(path: Path) -> list[dict]:
             names = {"step", "epoch", "seconds", "loss", "train_loss", "val_loss"} & record.keys()
             assert "loss" in names or names >= {"train_loss", "val_loss"}
             assert type(record["step"]) is int and isinstance(record.get("sample", ""), str)
-            assert all(type(record[name]) in (int, float) for name in names)
+            assert all(type(record[n]) in (int, float) and abs(record[n]) < 1e15 for n in names)
             records.append(record)
         except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
             print(f"{path}: line {number} is damaged and was left out", file=sys.stderr)

@@ -15,13 +15,14 @@ def write_report(out_dir: Path) -> str:
     records = read_log(out_dir / "log.jsonl")
     save_figure(draw_losses(out_dir.name, records), out_dir / "loss.png")
     samples = [r for r in records if "sample" in r]
-    parts = ["# Samples\n", samples_table(samples)]
+    table = samples_table(samples) if samples else ""
+    parts = ["# Samples\n", table or "This run has none; train with --sample_interval."]
     for r in samples:
         title = f"Epoch {r['epoch']:.3g}, validation loss {r['val_loss']:.4f}"
         parts.append(f"\n## {title}\n\n```text\n{r['sample']}\n```")
     with atomic_write(out_dir / "samples.md") as file:
         file.write(("\n".join(parts) + "\n").encode())
-    return samples_table(samples) if samples else ""
+    return table
 
 
 def samples_table(samples: list[dict]) -> str:

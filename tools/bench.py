@@ -192,9 +192,9 @@ def time_loader(name: str, options: TrainConfig, seconds: float) -> dict:
     device, B, T = resolve_device(options.device), options.batch_size, options.block_size
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         source = Source(options, Path(folder))
-        offsets = random_offsets(options.seed, 0, B, len(source.int64), T)
-        batch = partial(load, name, source, offsets)
-        seconds = median_seconds(lambda: [ids.to(device) for ids in batch()], device, seconds)
+        draws = [random_offsets(options.seed, i, B, len(source.int64), T) for i in range(9)]
+        batches = (load(name, source, offsets) for offsets in itertools.cycle(draws))
+        seconds = median_seconds(lambda: [ids.to(device) for ids in next(batches)], device, seconds)
     return {"ms": 1e3 * seconds, "tokens_per_second": B * T / seconds}
 
 

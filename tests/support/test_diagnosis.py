@@ -28,6 +28,8 @@ def before_step(monkeypatch, step_to_change: int, change) -> None:
 def error_after(tiny_run, monkeypatch, poison, **changed) -> str:
     """Return the error of a run that is poisoned before step 8, after checking what is kept."""
     before_step(monkeypatch, 8, poison)
+    # Every evaluation saves, however fast this machine is.
+    monkeypatch.setattr(train.Trainer, "save_is_due", lambda _, interval: interval == 0)
     with pytest.raises(UserError) as error:
         tiny_run(**changed)
     kept = load_checkpoint(Path("out/tiny/ckpt.pt"))[1]
@@ -105,7 +107,7 @@ def test_steps_that_the_float16_scaler_skips_are_no_errors(tiny_run, monkeypatch
     before_step(monkeypatch, 3, lambda trainer: trainer.scaler.update(new_scale=2.0**40))
     out_dir = tiny_run(dtype="float16")
     norms = [r["grad_norm"] for r in logged(out_dir) if "loss" in r]
-    assert norms[3] is None and norms[-1] is not None
+    assert norms[2] is not None and norms[3] is None
     assert all(p.isfinite().all() for p in weights(out_dir).values())
 
 
@@ -135,5 +137,5 @@ def test_no_weight_changes_until_a_loss_that_is_not_finite_is_read(tiny_trainer,
         after = dict(trainer.model.named_parameters())
         moved = [name for name, p in before.items() if not torch.equal(p, after[name])]
         assert moved == (list(before) if step < 3 else [])
-    with pytest.raises(UserError, match=r"step 3: the loss is nan, .* after gradient norms of"):
+    with pytest.raises(UserError, match=r"step 3: the loss is nan and .* after gradient norms of"):
         trainer.read(figures)

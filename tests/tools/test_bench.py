@@ -234,20 +234,13 @@ def test_sides_are_measured_in_turn_and_each_time_in_a_new_process(monkeypatch):
 
 def test_the_command_takes_its_first_word_a_config_file_and_options_of_the_run(tmp_path):
     shape = "n_layer, n_head, n_embd, block_size, gradient_accumulation_steps = 1, 2, 8, 8, 1\n"
-    (tmp_path / "small.py").write_text(shape + "compile = False\n", encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "tools.bench",
-        "throughput",
-        "--config=small.py",
-        "--batch_size=4",
-    ]
-    command += ["--vocab_size=30", "--rounds=1", "--seconds=0.01", "--device=cpu"]
+    (tmp_path / "small.py").write_text(shape, encoding="utf-8")
+    words = "generate --config=small.py --batch_size=4 --dtype=float32 --device=cpu"
+    command = [sys.executable, "-m", "tools.bench", *words.split(), "--rounds=1", "--seconds=0.01"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
-    assert "1 x 4 x 8 tokens per step" in done.stdout
-    assert (tmp_path / "out/bench/throughput.png").exists()
+    assert "1 x 4 x 8 tokens per step" in done.stdout and "ours, float32, batch 8" in done.stdout
+    assert (tmp_path / "out/bench/generate.png").exists()
 
 
 @pytest.mark.parametrize(

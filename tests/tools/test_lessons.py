@@ -205,7 +205,9 @@ def test_a_lesson_that_does_not_exist_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_lesson_leaves_runs_a_figure_and_a_table(dataset, capsys):
-    shutil.copytree(dataset, dataset.parent / "shakespeare_char")
+    Path("play.txt").write_text("ROMEO:\n" + TEXT, encoding="utf-8")
+    options = prepare_shakespeare.PrepareConfig(input="play.txt", dataset="shakespeare_char")
+    prepare_shakespeare.main(options)
     lessons.main(lessons.LessonsConfig(only="dtype", max_iters=15, pictures="pictures"))
     printed = capsys.readouterr().out
     correct, int32, bytes_ = printed.splitlines()[-3:]

@@ -1,0 +1,89 @@
+"""Whole files: written completely or not at all, locked, read as UTF-8."""
+
+import hashlib
+import os
+
+import pytest
+
+from configurator import UserError
+from support import files
+from support.files import atomic_write, file_sha256, free_bytes, lock_folder, read_text
+
+
+def write(path, content: bytes, error: Exception | None = None) -> None:
+    with atomic_write(path) as file:
+        file.write(content)
+        file.flush()
+        if error:
+            raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("a mistake"), KeyboardInterrupt()], ids=repr)
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, error):
+    path = tmp_path / "file"
+    write(path, b"old")
+    with pytest.raises(type(error)):
+        write(path, b"half", error)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
+    write(path, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"new"
+
+
+def test_a_full_disk_is_named_with_the_size(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(UserError, match=r"file: can not be written \(No space left on device\)"):
+        write(path, b"half", OSError(28, "No space left on device"))
+    with pytest.raises(UserError, match="1,234,567 bytes are needed"), atomic_write(path, 1234567):
+        raise OSError(28, "No space left on device")
+
+
+def test_the_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(files.os, "fsync", lambda _: calls.append("fsync"))
+    monkeypatch.setattr(files.os, "replace", lambda *_: calls.append("replace"))
+    write(tmp_path / "file", b"new")
+    assert calls == ["fsync", "replace"]
+
+
+def test_missing_folders_are_made(tmp_path):
+    write(tmp_path / "a" / "b" / "file", b"content")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"content"
+
+
+def test_two_processes_never_hold_one_folder(tmp_path):
+    folder = tmp_path / "out"
+    with lock_folder(folder):
+        with pytest.raises(UserError, match="out: another process is at work there"):
+            lock_folder(folder).__enter__()
+        with lock_folder(tmp_path / "other"):
+            pass
+    with lock_folder(folder):
+        pass
+    assert os.name == "nt" or not list(tmp_path.glob(".*.lock"))
+
+
+def test_what_killed_writes_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "ckpt.pt.abcd1234.tmp").write_bytes(b"half")
+    (tmp_path / "notes.tmp").write_bytes(b"mine")
+    with lock_folder(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.tmp"]
+
+
+def test_free_space_is_known_for_folders_that_do_not_exist_yet(tmp_path):
+    assert free_bytes(tmp_path / "not" / "yet") > 0
+
+
+def test_sha256_is_that_of_hashlib(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_text_is_read_as_utf_8_with_its_line_ends(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes("naïve\r\n日本\n".encode())
+    assert read_text(path) == "naïve\r\n日本\n"
+    path.write_bytes(b"abc\xe9")
+    with pytest.raises(UserError, match="file: byte 3 is not UTF-8; convert the file"):
+        read_text(path)
+    with pytest.raises(UserError, match="none: no such file"):
+        read_text(tmp_path / "none")
