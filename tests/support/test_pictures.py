@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from conftest import logged
 
-from support import pictures
 from support.pictures import draw_losses, markdown_table, samples_table, save_figure, write_report
 
 
@@ -46,7 +45,7 @@ def test_a_run_without_samples_prints_no_table(tiny_run, capsys):
 
 def test_a_run_with_samples_prints_them_in_a_table(tiny_run, capsys):
     out_dir = tiny_run(sample_interval=6, sample_start="1", sample_tokens=5)
-    table = capsys.readouterr().out.split("| epoch ")[1]
+    table = capsys.readouterr().out.split("| epoch | training loss")[1]
     assert table.count("\n| ") == 3  # the rule and two samples
     page = (out_dir / "samples.md").read_text(encoding="utf-8")
     assert all(r["sample"] in page for r in logged(out_dir) if "sample" in r)
@@ -81,11 +80,3 @@ def test_a_figure_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
         save_figure(Figure(), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes() == b"old"
     assert [path.name for path in Path(tmp_path).iterdir()] == ["loss.png"]
-
-
-def test_bars_are_stacked_and_lines_cross_them():
-    parts = {"read": [1.0, 2.0], "compute": [3.0, 4.0]}
-    axes = pictures.draw_bars("Speed", ["a", "b"], parts, ["4", "6"], {"needed": 5.0}).axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [1, 2, 3, 4]
-    assert [bar.get_x() for bar in axes.patches] == [0, 0, 1, 2]
-    assert axes.get_xscale() == "log" and axes.get_title() == "Speed"

@@ -1,0 +1,152 @@
+"""Several processes of torchrun compute what one computes, and end as one."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, logged, options, weights
+
+from configurator import UserError
+from support.processes import Processes
+
+TRAIN = str(ROOT / "train.py")
+TWO = ("--standalone", "--nproc_per_node=2")
+
+
+def torchrun(*args: str) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", *args]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Return what the processes printed. They must all succeed."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def test_one_process_needs_no_torchrun():
+    processes, values = Processes("cpu"), torch.tensor([1.0, 2.0])
+    assert processes.is_first and (processes.rank, processes.count) == (0, 1)
+    assert processes.mean(values).tolist() == processes.sum(values).tolist() == [1, 2]
+    assert processes.gather("a") == ["a"] and processes.in_turn(lambda: 3) == 3
+    assert list(processes.share(5)) == [0, 1, 2, 3, 4]
+    model = torch.nn.Linear(2, 2)
+    assert processes.wrap(model) is model
+
+
+@pytest.mark.parametrize(("rank", "passes"), [(0, [0, 1, 2]), (1, [3, 4, 5])])
+def test_every_process_has_its_share_of_the_passes(rank, passes):
+    processes = Processes("cpu")
+    processes.rank, processes.count = rank, 2
+    assert list(processes.share(6)) == passes
+
+
+def test_passes_that_can_not_be_divided_say_what_to_set():
+    processes = Processes("cpu")
+    processes.count = 4
+    words = "gradient_accumulation_steps=2 can not be divided among 4 processes; set it to a mul"
+    with pytest.raises(UserError, match=words):
+        processes.share(2)
+
+
+def test_nccl_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="backend=nccl does not work on cpu here; use --backend="):
+        Processes("cpu", "nccl")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"dropout": 0.1},
+        pytest.param({"optimizer": "muon", "dropout": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_two_processes_train_the_model_of_one(tiny_run, changed):
+    common = {"dtype": "float32", "gradient_accumulation_steps": 4, **changed}
+    one = tiny_run(out_dir="out/one", **{**common, "compile": False})
+    printed = finish(torchrun(*TWO, TRAIN, *options(tiny_run, out_dir="out/two", **common)))
+    assert printed.count("parameters:") == 1
+    assert ("\ncompiled in" in printed) is ("compile" in changed)
+    for a, b in zip(logged(one), logged(Path("out/two")), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    # Muon's products in bfloat16 enlarge differences in the last digits of a gradient.
+    tolerance = 1e-2 if changed.get("optimizer") == "muon" else 1e-3
+    two = weights(Path("out/two"))
+    torch.testing.assert_close(weights(one), two, rtol=1e-2, atol=tolerance)
+
+
+def test_when_the_first_process_fails_the_other_prints_nothing(tiny_run):
+    """Started without torchrun, which would end the other process at once."""
+    Path("file").write_text("no folder", encoding="utf-8")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, TRAIN, *options(tiny_run, out_dir="file/run")]
+    ranks = [{**env, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    pipe = subprocess.PIPE
+    two = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=e) for e in ranks]
+    (_, error), other = (process.communicate(timeout=120) for process in two)
+    assert [process.returncode for process in two] == [1, 1]
+    assert error.count("\n") == 1 and error.startswith("error: ") and "file" in error
+    assert other == ("", "")
+
+
+@pytest.mark.slow
+def test_a_run_continues_with_another_number_of_processes(tiny_run):
+    one = tiny_run(out_dir="out/one", dtype="float32", dropout=0.1)
+    common = {"out_dir": "out/mixed", "dtype": "float32", "dropout": 0.1, "init_from": "auto"}
+    common["lr_decay_iters"] = 12
+    finish(torchrun(*TWO, TRAIN, *options(tiny_run, **common, max_iters=5)))
+    mixed = tiny_run(**common)
+    torch.testing.assert_close(weights(one), weights(mixed), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_machines_train_the_model_of_one(tiny_run):
+    """torchrun is started twice; the two meet at an address of this machine."""
+    one = tiny_run(out_dir="out/one", dtype="float32")
+    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test"]
+    meet += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
+    args = options(tiny_run, out_dir="out/two", dtype="float32")
+    printed = [finish(process) for process in [torchrun(*meet, TRAIN, *args) for _ in range(2)]]
+    assert sum(out.count("parameters:") for out in printed) == 1
+    two = weights(Path("out/two"))
+    torch.testing.assert_close(weights(one), two, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_restarted_and_the_run_ends_with_the_same_bits(tiny_run):
+    args = options(tiny_run, dtype="float32", max_iters=300, eval_interval=20, init_from="auto")
+    launch = (*TWO, "--max-restarts=2", TRAIN, *args)
+    finish(torchrun(*launch, "--out_dir=out/whole"))
+    process = torchrun(*launch, "--out_dir=out/killed")
+    log = Path("out/killed/log.jsonl")
+    while not (log.exists() and log.read_text(encoding="utf-8").count("\n") > 60):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children()
+    workers = [child for child in children if "train.py" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    workers[1].kill()
+    assert finish(process).count("parameters:") == 2  # the run began, and began again
+    killed, whole = Path("out/killed"), Path("out/whole")
+    assert logged(killed) == logged(whole)
+    torch.testing.assert_close(weights(killed), weights(whole), rtol=0, atol=0)
