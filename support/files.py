@@ -35,10 +35,10 @@ def atomic_write(path: Path, size: int = 0) -> Iterator:
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        needed = f"{size:,} bytes are needed, " if size else ""
+        cause, needed = reason.strerror or reason, f"{size:,} bytes are needed, " if size else ""
         raise UserError(
-            f"{path}: can not be written ({reason.strerror or reason}); {needed}{free_bytes(path.parent):,} "
-            "bytes are free; an earlier file is unchanged"
+            f"{path}: can not be written ({cause}); {needed}{free_bytes(path.parent):,} bytes are "
+            "free; an earlier file is unchanged"
         ) from error
     finally:
         if temporary:
@@ -54,12 +54,14 @@ def lock_folder(folder: Path, seconds: float = 0) -> Iterator[None]:
     """
     folder = folder.resolve()
     path = folder.parent / f".{folder.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=seconds)
     except Timeout:
         raise UserError(f"{folder}: another process is at work there; wait for it to end") from None
+    except OSError as error:
+        raise UserError(f"{folder}: can not be used ({error.strerror}); choose another") from error
     for leftover in folder.glob("*.????????.tmp"):  # of an atomic_write that was killed
         leftover.unlink(missing_ok=True)
     try:

@@ -385,7 +385,7 @@ def draw_bars(title: str, rows: list[dict], parts: list[str], note: str):
         axes.axvline(value, color=f"C{i + 1}", ls="--", label=label)
         axes.set_xscale("log")
     axes.invert_yaxis()  # the first row at the top
-    axes.margins(x=0.2)  # space for the notes
+    axes.set_xlim(right=max(ends) * (20 if note == "hours" else 1.25))  # space for the notes
     axes.set_title(title)
     axes.legend(fontsize=8)
     return figure
@@ -409,12 +409,12 @@ def main(config: BenchConfig) -> None:
         sides, (title, parts, note) = benchmark(config, options)
         rows = measure(sides, 1, 7) if config.what == "gpu" else measure(sides, config.rounds)
     shape = (options.gradient_accumulation_steps, options.batch_size, options.block_size)
-    total = options.max_iters * math.prod(shape)
+    total, first = options.max_iters * math.prod(shape), rows[0].get("tokens_per_second")
     peaks = {r["what"]: r["gflops"] for r in rows if "gflops" in r and "tokens_per_second" not in r}
     for row in rows:
         if speed := row.get("tokens_per_second"):
             row["hours"] = total / speed / 3600
-            row["speedup"] = speed / rows[0].get("tokens_per_second", speed)
+            row |= {"speedup": speed / first} if first else {}
         if "gflops" in row:
             row |= {f"of_{name.split()[0]}": row["gflops"] / peaks[name] for name in peaks}
     step = next((row for row in rows if "gflops" in row and "hours" in row), None)

@@ -5,7 +5,9 @@ import os
 
 import numpy as np
 import pytest
-from conftest import TEXT
+from conftest import TEXT, damaged, damages, many_examples, odd_values, or_user_error
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configurator import UserError
 from support import data
@@ -195,3 +197,50 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
     write(b"new", fails=False)
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"new"
+
+
+@many_examples
+@pytest.mark.parametrize("name", ["train.bin", "meta.json"])
+def test_a_data_set_with_any_damage_is_refused_or_the_same(dataset, name, fuzz):
+    original = (dataset / name).read_bytes()
+    tokens = Dataset(dataset, 16).train.open().copy()
+
+    @fuzz
+    @given(damages)
+    def read(damage):
+        content = damaged(original, damage)
+        (dataset / name).write_bytes(content)
+        data = or_user_error(lambda: Dataset(dataset, 16))
+        assert data is None or (data.train.open() == tokens).all()
+        assert name == "meta.json" or content == original or data is None
+
+    read()
+
+
+@many_examples
+def test_a_meta_json_with_odd_values_is_refused_or_usable(dataset, fuzz):
+    """Any value, or any value inside a dict, is replaced."""
+    path = dataset / "meta.json"
+    good = json.loads(path.read_text(encoding="utf-8"))
+    inner = [(key, k) for key in ("tokenizer", "sha256", "source") for k in good[key]]
+    places = [(key,) for key in good] + inner
+
+    @fuzz
+    @given(st.sampled_from(places), odd_values)
+    def read(place, value):
+        meta = json.loads(json.dumps(good))
+        (meta if len(place) == 1 else meta[place[0]])[place[-1]] = value
+        path.write_text(json.dumps(meta), encoding="utf-8")
+        data = or_user_error(lambda: Dataset(dataset, 16))
+        if data is not None:
+            assert 0 < data.bits_per_byte(1.0) < 1e20
+            assert data.tokenizer.decode(data.tokenizer.encode("3 times")) == "3 times"
+
+    read()
+
+
+def test_meta_json_cut_at_every_length_is_refused(dataset):
+    original = (dataset / "meta.json").read_bytes()
+    for length in range(len(original) - 1):
+        (dataset / "meta.json").write_bytes(original[:length])
+        assert or_user_error(lambda: Dataset(dataset, 16)) is None
