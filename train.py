@@ -344,6 +344,8 @@ def train(trainer: Trainer) -> None:
             if stop or obey:
                 log.say(f"saved and stopped after step {step + 1:,}; continue: --init_from=resume")
                 sys.exit(128 + (signals.number or signal.SIGTERM))
+        if processes.is_first and (samples := pictures.write_report(trainer.out_dir)):
+            log.say(samples)
 
 
 def evaluate_and_save(trainer: Trainer, log: Log, step: int, last: bool) -> bool:
@@ -389,7 +391,6 @@ def main(config: TrainConfig) -> None:
         else:
             train(trainer)
             if processes.is_first:
-                print(pictures.write_report(trainer.out_dir))
                 print(f"the run is in {config.out_dir}; to sample from it:")
                 print(f"    python sample.py --out_dir={config.out_dir}")
 

@@ -80,8 +80,8 @@ def gradients(trainer) -> tuple[bool, str]:
     grads = {name: p.grad for name, p in trainer.model.named_parameters()}
     bad = [n for n, g in grads.items() if g is None or not (g.any() and g.isfinite().all())]
     trainer.model.zero_grad(set_to_none=True)
-    measured = f"{len(grads) - len(bad)} of {len(grads)} parameters have one"
-    return not bad, measured + f", but not {', '.join(bad[:3])}" * bool(bad)
+    names = f", but not {', '.join(bad[:3])}" if bad else ""
+    return not bad, f"{len(grads) - len(bad)} of {len(grads)} parameters have one{names}"
 
 
 @torch.no_grad()
@@ -247,7 +247,7 @@ def bill(trainer) -> str:
 
 
 def warnings(trainer, compiled: str, pass_seconds: float) -> list[str]:
-    """Return what slows the run down. One forward and backward pass takes `pass_seconds`."""
+    """Return what slows the run down. A forward and backward pass takes `pass_seconds`."""
     c, device, found = trainer.config, trainer.device, []
     if trainer.dtype == torch.float32 != runtime.resolve_dtype("auto", device):
         found.append("float32 is slower than this device's bfloat16; use --dtype=auto")
@@ -266,5 +266,5 @@ def warnings(trainer, compiled: str, pass_seconds: float) -> list[str]:
             factor *= 2
         if factor > 1:
             passes = f"gradient_accumulation_steps={c.gradient_accumulation_steps // factor}"
-            found.append(f"{passes} with batch_size={factor * c.batch_size} fits and is faster")
+            found.append(f"batch_size={factor * c.batch_size} and {passes} should be faster")
     return found

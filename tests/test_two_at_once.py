@@ -20,6 +20,7 @@ import train
 from configurator import UserError
 from support import data, log
 from support.checkpoint import load_checkpoint
+from support.files import lock_folder
 
 REFUSAL = "another process is at work there"
 
@@ -291,3 +292,15 @@ def test_20_rounds_of_two_trainings_are_refused_or_equal(tiny_run):
         return complete
 
     play(Path("out"), make_commands, check)
+
+
+def test_the_folder_stays_locked_until_the_report_is_written(tiny_run, monkeypatch):
+    write_report = train.pictures.write_report
+
+    def write_while_locked(out_dir):
+        with pytest.raises(UserError, match=REFUSAL), lock_folder(out_dir):
+            pass
+        return write_report(out_dir)
+
+    monkeypatch.setattr(train.pictures, "write_report", write_while_locked)
+    assert (tiny_run() / "loss.png").exists()

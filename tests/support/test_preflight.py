@@ -262,7 +262,7 @@ def test_what_slows_a_run_down_is_a_warning(tiny_trainer, monkeypatch):
     ("free", "batch", "passes"), [(20, 16, 2), (40, 32, 1), (13, 8, 4), (10, None, None)]
 )
 def test_a_gpu_with_room_gets_a_larger_batch(tiny_trainer, monkeypatch, free, batch, passes):
-    """Weights take 2 bytes; a batch of 4 takes 2, its double 4. A tenth of the memory stays free."""
+    """The model takes 2 bytes and a batch 4; a tenth of the memory stays free."""
     trainer = tiny_trainer(gradient_accumulation_steps=8)
     trainer.device = torch.device("cuda")
     monkeypatch.setattr(runtime, "median_seconds", lambda *_: 0.0)
@@ -271,5 +271,5 @@ def test_a_gpu_with_room_gets_a_larger_batch(tiny_trainer, monkeypatch, free, ba
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free - 6, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 6)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2)
-    expected = f"gradient_accumulation_steps={passes} with batch_size={batch} fits and is faster"
+    expected = f"batch_size={batch} and gradient_accumulation_steps={passes} should be faster"
     assert warned(trainer) == ([expected] if batch else [])
