@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.flop_counter import FlopCounterMode
 
+import model
 from configurator import UserError, read_options
 from model import GPT, GPTConfig
 from support import runtime
@@ -110,16 +111,16 @@ def make_trainer_alone(tiny_run, monkeypatch, **shape) -> Trainer:
 def test_after_a_loss_of_nan_no_step_changes_a_weight(tiny_run, dtype, optimizer):
     """Also if later losses are finite, and nobody has read the figures yet."""
     trainer = make_trainer(tiny_run, dtype=dtype, optimizer=optimizer)
-    model = trainer.step_model
+    step_model = trainer.step_model
     weights = []
     for step in range(6):
         factor = math.nan if step == 3 else 1.0
-        trainer.step_model = lambda x, y, factor=factor: (None, model(x, y)[1] * factor)
+        trainer.step_model = lambda x, y, factor=factor: (None, step_model(x, y)[1] * factor)
         figures = trainer.train_step(step, lr=0.01)
-        weights.append([p.detach().clone() for p in model.parameters()])
+        weights.append([p.detach().clone() for p in step_model.parameters()])
     moved = [not all(map(torch.equal, *pair)) for pair in pairwise(weights)]
     assert moved == [True, True, False, False, False]
-    trainer.step_model = model
+    trainer.step_model = step_model
     with pytest.raises(UserError, match="step 3: the loss is nan"):
         trainer.read(figures)
 
@@ -141,6 +142,21 @@ def test_deterministic_reaches_a_gpu(monkeypatch):
     assert calls == ["high", "high", True]
 
 
+def test_generation_never_uses_cudnn_attention(monkeypatch):
+    """On Hopper cuDNN would build a new plan for every length of the cache: seconds per text."""
+    allowed, fused = [], model.F.scaled_dot_product_attention
+
+    def watch(*args, **options):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return fused(*args, **options)
+
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention", watch)
+    small = GPT(GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=1, n_embd=4))
+    list(small.generate(torch.zeros(1, 2, dtype=torch.int64), 4))
+    assert allowed == [False] * 3  # the prompt of two tokens takes the CPU's own path
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # Operations
 
 
@@ -148,8 +164,8 @@ def test_deterministic_reaches_a_gpu(monkeypatch):
 def test_operations_per_token_are_those_that_torch_counts(tie_weights):
     config = GPTConfig(vocab_size=32000, block_size=512, tie_weights=tie_weights)
     with torch.device("meta"):
-        model, ids = GPT(config), torch.zeros(1, 512, dtype=torch.int64)
+        gpt, ids = GPT(config), torch.zeros(1, 512, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(ids, ids)[1].backward()
-    assert model.flops_per_token(512) * 512 == counter.get_total_flops()
-    assert model.flops_per_token(512) == 713_687_040  # phase 3
+        gpt(ids, ids)[1].backward()
+    assert gpt.flops_per_token(512) * 512 == counter.get_total_flops()
+    assert gpt.flops_per_token(512) == 713_687_040  # phase 3
