@@ -14,7 +14,7 @@ import train
 from configurator import read_options
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_bits_of_the_uninterrupted_run(kills):
     command = [sys.executable, ROOT / "tests" / "kill_training.py", f"--kills={kills}"]
     done = subprocess.run(command, capture_output=True, text=True)

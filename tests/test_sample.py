@@ -1,19 +1,15 @@
 """Sampling from a checkpoint, and checkpoints that are refused."""
 
-import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 
 import sample
 from configurator import UserError
 from sample import SampleConfig
-from support.checkpoint import load_checkpoint
 
 
 @pytest.fixture
@@ -101,33 +97,3 @@ def test_a_reader_that_closes_the_pipe_is_no_error(run):
     process.stdout.read(5)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("was-run",)
-
-
-def test_a_pickle_in_a_checkpoint_is_not_run(run):
-    path = Path(run) / "ckpt.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    torch.save({**checkpoint, "step": Malicious()}, path)
-    with pytest.raises(UserError, match=r"ckpt\.pt: can not be read as a checkpoint"):
-        load_checkpoint(path)
-    path.write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(UserError, match=r"ckpt\.pt: can not be read as a checkpoint"):
-        load_checkpoint(path)
-    assert not Path("was-run").exists()
-
-
-def test_a_damaged_or_foreign_checkpoint_is_refused(run):
-    path = Path(run) / "ckpt.pt"
-    content = path.read_bytes()
-    for length in (0, 1, 100, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:length])
-        with pytest.raises(UserError, match=r"ckpt\.pt: can not be read") as error:
-            load_checkpoint(path)
-        assert "\n" not in str(error.value)
-    torch.save({"model": {}}, path)
-    with pytest.raises(UserError, match=r"ckpt\.pt: not a checkpoint of this program"):
-        load_checkpoint(path)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from configurator import UserError
 from support import data
 from support.data import Dataset, Tokens, gather, random_offsets, write_dataset
-from support.files import atomic_write
 from support.tokenizer import CharTokenizer
 
 
@@ -179,24 +178,6 @@ def test_vocabulary_beyond_uint16_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(UserError, match="65537 does not fit"):
         data.write_dataset(tmp_path / "new", too_many, [1], [1], 1, {})
     assert not (tmp_path / "new").exists()
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def write(content: bytes, fails: bool) -> None:
-        with atomic_write(path) as file:
-            file.write(content)
-            file.flush()
-            if fails:
-                raise OSError("disk full")
-
-    with pytest.raises(UserError, match=r"file: can not be written \(disk full\); .*unchanged"):
-        write(b"half", fails=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
-    write(b"new", fails=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"new"
 
 
 @many_examples

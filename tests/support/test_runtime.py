@@ -41,14 +41,6 @@ def test_auto_takes_bfloat16_where_the_hardware_has_it(monkeypatch, native, expe
     assert runtime.resolve_dtype("auto", torch.device("mps")) == torch.float32
 
 
-def test_auto_asks_about_the_gpu_that_is_used(monkeypatch):
-    """cuda:0 is old and cuda:1 new."""
-    versions = {torch.device("cuda:0"): (7, 5), torch.device("cuda:1"): (9, 0)}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: versions[device])
-    assert runtime.resolve_dtype("auto", torch.device("cuda:0")) == torch.float32
-    assert runtime.resolve_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
-
-
 def test_compile_auto_is_for_long_runs_with_a_compiler(monkeypatch):
     monkeypatch.setattr(runtime.shutil, "which", lambda _: "/usr/bin/c++")
     assert runtime.why_not_compile("auto", CPU, 5000) == ""
