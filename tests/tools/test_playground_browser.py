@@ -408,10 +408,9 @@ def test_loss_opens_on_the_run_that_trains(runs):
 
 
 def draw() -> None:
-    """Draw the README's pictures of the page from real runs."""
+    """Draw the README's pictures of the page from the run of phase 1."""
     os.chdir(ROOT)
-    runs = ["out/phase1_char", "out/phase2_bpe"]
-    with served(runs) as url, chromium() as browser, opened(browser, url) as page:
+    with served(["out/phase1_char"]) as url, chromium() as browser, opened(browser, url) as page:
         token = page.locator("#text .token")
         token.nth(299).wait_for()
         token.nth(12).click()
