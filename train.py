@@ -358,10 +358,10 @@ def evaluate_and_save(trainer: Trainer, log: Log, step: int, last: bool) -> bool
     improved, before = val_loss < trainer.best_val_loss, trainer.evaluated_step
     trainer.best_val_loss, trainer.evaluated_step = min(val_loss, trainer.best_val_loss), step
     if trainer.processes.is_first:
-        sample_due = last or step == c.eval_interval
-        if c.sample_interval:  # the first evaluation at or after its step
-            sample_due = sample_due or step // c.sample_interval > before // c.sample_interval
-        sample = trainer.sample() if c.sample_interval and step and sample_due else ""
+        sample = ""
+        if c.sample_interval and step:  # due at the first evaluation at or after its step
+            due = step // c.sample_interval > before // c.sample_interval
+            sample = trainer.sample() if due or last or step == c.eval_interval else ""
         log.evaluation(step, train_loss, val_loss, sample)
         if improved:  # first: after a kill between the two the evaluation is done again
             trainer.save("best.pt", step)

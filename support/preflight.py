@@ -20,8 +20,8 @@ from support.checkpoint import load_checkpoint, tensor_bytes
 from support.files import free_bytes
 from support.start import OWN
 
-# bfloat16 peaks (NVIDIA's data sheets, without sparsity). A good trainer reaches 40% of them.
-GPUS = {"A100": 312e12, "H100": 989e12}
+# bfloat16 peaks (NVIDIA's data sheets, without sparsity), and the share that a good trainer reaches
+GPUS, SHARE = {"A100": 312e12, "H100": 989e12}, 0.4
 
 
 def begin(config):
@@ -237,7 +237,7 @@ def bill(trainer) -> str:
     ]
     rows = [("measured, without evaluations: this machine", 1, flops * speed)]
     for n, name in ((1, "A100"), (1, "H100"), (8, "H100")):
-        rows.append((f"estimate, not measured: {n} x {name}", n, 0.4 * GPUS[name]))
+        rows.append((f"estimate, not measured: {n} x {name}", n, SHARE * GPUS[name]))
     for name, count, flops_per_second in rows:
         hours = flops * tokens / (count * flops_per_second) / 3600
         money = f", ${hours * count * c.dollars_per_hour:,.2f}" if c.dollars_per_hour else ""

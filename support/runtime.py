@@ -114,11 +114,8 @@ def explain_out_of_memory(batch_size: int, accumulation: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        words = (
-            "allocate memory",
-            "out of memory",
-            "Invalid buffer size",
-        )  # CPU; CUDA and mps; mps
+        # As a CPU says it; as CUDA and mps do; and as mps says it of a single large tensor.
+        words = ("allocate memory", "out of memory", "Invalid buffer size")
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
         raise UserError(

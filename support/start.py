@@ -7,7 +7,6 @@ from typing import NamedTuple
 from configurator import UserError
 from model import GPT, GPTConfig
 from support.checkpoint import load_checkpoint, load_optimizers
-from support.hub import load_pretrained
 from support.processes import Processes
 from support.tokenizer import Tokenizer
 
@@ -17,7 +16,7 @@ HARMLESS = {  # options that may change in a resumed run without changing what i
     *("out_dir", "init_from", "preflight", "eval_only", "eval_interval", "eval_iters"),
     *("always_save_checkpoint", "checkpoint_interval", "log_interval", "target_val_loss"),
     *("sample_interval", "sample_start", "sample_tokens", "tensorboard_log", "wandb_log"),
-    *("wandb_project", "wandb_run_name", "max_iters", "device", "backend"),
+    *("wandb_project", "wandb_run_name", "max_iters", "device", "backend", "dollars_per_hour"),
 }
 
 
@@ -51,9 +50,10 @@ def starting_point(config, processes: Processes) -> Start:
         return Start(in_shape_of(model, config), model, None, checkpoint)
     if origin in OWN:
         return Start(config)
+    from support.hub import load_pretrained  # its downloads import requests, which takes a while
+
     model, tokenizer = processes.in_turn(lambda: load_pretrained(origin))
-    config = in_shape_of(model, config)
-    return Start(config, model, tokenizer)
+    return Start(in_shape_of(model, config), model, tokenizer)
 
 
 def in_shape_of(model: GPT, config):

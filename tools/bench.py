@@ -419,7 +419,7 @@ def main(config: BenchConfig) -> None:
             row |= {f"of_{name.split()[0]}": row["gflops"] / peaks[name] for name in peaks}
     step = next((row for row in rows if "gflops" in row and "hours" in row), None)
     for name, peak in preflight.GPUS.items() if config.what == "gpu" and step else ():
-        hours = step["hours"] * step["gflops"] * 1e9 / (0.4 * peak)  # 40%, as preflight has it
+        hours = step["hours"] * step["gflops"] * 1e9 / (preflight.SHARE * peak)
         rows.append({"what": f"estimate of preflight, {name}", "hours": hours})
     device, info = resolve_device(options.device), Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)|$", info.read_text() if info.exists() else "")[1]

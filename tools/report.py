@@ -19,7 +19,7 @@ class ReportConfig:
 
 def main(config: ReportConfig) -> None:
     """Write loss.png and samples.md, and print the table."""
-    write_report(Path(config.out_dir))
+    print(write_report(Path(config.out_dir)) or "this run has no samples")
 
 
 if __name__ == "__main__":
