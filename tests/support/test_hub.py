@@ -22,7 +22,6 @@ import sample
 import train
 from configurator import UserError, read_options
 from model import GPT
-from support import start
 from support.checkpoint import load_checkpoint
 from support.hub import REVISIONS, TRANSPOSED, load_model, load_pretrained
 from support.runtime import peak_memory
@@ -735,7 +734,8 @@ def test_a_run_from_scratch_can_not_be_resumed_in_another_shape(finetune):
 def test_preflight_expects_a_low_first_loss_of_a_pretrained_model(finetune, capsys, monkeypatch):
     finetune(out_dir="out/trained", max_iters=30, learning_rate=1e-2)
     trained = load_checkpoint(Path("out/trained/ckpt.pt"))[0]
-    monkeypatch.setattr(start, "load_pretrained", lambda name: (trained, BPETokenizer.gpt2()))
+    load = lambda name: (trained, BPETokenizer.gpt2())  # noqa: E731
+    monkeypatch.setattr("support.hub.load_pretrained", load)
     finetune(preflight=True, max_iters=1)
     assert "ok   initial loss: " in capsys.readouterr().out
 
