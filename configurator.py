@@ -17,13 +17,14 @@ import ast
 import difflib
 import os
 import re
+import shutil
 import sys
 import types
 import typing
 from dataclasses import fields
 from inspect import getsource
 from pathlib import Path
-from textwrap import dedent
+from textwrap import dedent, fill
 
 
 class UserError(ValueError):
@@ -44,6 +45,16 @@ def configure(cls: type, argv: list[str] | None = None):
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def explain_missing_package(kind: type, error: BaseException, traceback) -> None:
+    """Print one line instead of a traceback if a package is not installed."""
+    if kind is not ModuleNotFoundError:
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"error: {error}; run: pip install -r requirements.txt", file=sys.stderr)
+
+
+sys.excepthook = explain_missing_package  # scripts import this file before they import a package
 
 
 def run(main: typing.Callable, config) -> None:
@@ -159,6 +170,7 @@ def suggest(name: str, names: typing.Iterable[str], otherwise: str) -> str:
 
 def help_text(cls: type) -> str:
     """Return each option with its default and comment; a comment alone on a line is a title."""
+    width = max(60, shutil.get_terminal_size().columns)
     script = Path(sys.argv[0])
     program = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
     lines = [cls.__doc__, "", f"usage: python {program} [config.py ...] [--option=value ...]"]
@@ -166,7 +178,8 @@ def help_text(cls: type) -> str:
         if option := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
             default = str(getattr(cls, option[1]))
             default = default if default.isprintable() else repr(default)
-            lines.append(f"  {f'--{option[1]}={default}':38} {option[2]}")
+            line = f"  {f'--{option[1]}={default}':38} {option[2]}"
+            lines.append(fill(line, width, subsequent_indent=" " * 41, break_on_hyphens=False))
         elif title := re.fullmatch(r"    # (.+)", line):
             lines += ["", title[1] + ":"]
     return "\n".join(lines)

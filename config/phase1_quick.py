@@ -31,4 +31,5 @@ min_lr = 0.0
 eval_interval = max_iters
 sample_interval = max_iters
 sample_start = "ROMEO:"
+sample_tokens = 120
 log_interval = 42

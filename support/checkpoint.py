@@ -16,13 +16,13 @@ there are no random states to save.
 
 import math
 import zipfile
+from configurator import UserError, one_line
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy
 import torch
 
-from configurator import UserError, one_line
 from model import GPT, GPTConfig
 from support import nanogpt
 from support.files import atomic_write

@@ -15,6 +15,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from configurator import UserError, one_line
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from configurator import UserError, one_line
 from support.data import TOKEN, read_meta, write_meta
 from support.files import atomic_write, free_bytes
 from support.tokenizer import END_OF_TEXT, BPETokenizer

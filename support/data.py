@@ -11,12 +11,12 @@ import hashlib
 import json
 import math
 import os
+from configurator import UserError
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from configurator import UserError
 from support.files import atomic_write
 from support.tokenizer import Tokenizer, from_dict
 

@@ -1,11 +1,11 @@
 """Explain why a loss or a gradient is not finite. Called once, when a run must stop for it."""
 
 import math
+from configurator import UserError
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
-from configurator import UserError
 from support import runtime
 
 

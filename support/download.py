@@ -5,6 +5,7 @@ The bytes that have arrived wait in NAME.part, and the next attempt asks for the
 
 import os
 import time
+from configurator import UserError, one_line
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from configurator import UserError, one_line
 from support.files import file_sha256
 
 TIMEOUT = 30  # seconds without a byte

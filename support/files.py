@@ -5,12 +5,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from configurator import UserError
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-
-from configurator import UserError
 
 
 @contextmanager

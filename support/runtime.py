@@ -7,12 +7,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from configurator import UserError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 import torch
-
-from configurator import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,10 +1,10 @@
 """Where a run starts: with new weights, with a pretrained GPT-2, or at its own checkpoint."""
 
+from configurator import UserError
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError
 from model import GPT, GPTConfig
 from support.checkpoint import load_checkpoint, load_optimizers
 from support.processes import Processes

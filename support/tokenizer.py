@@ -10,11 +10,10 @@ Both tokenizers have the same methods:
 
 import re
 from collections.abc import Iterable
+from configurator import UserError, one_line
 
 import numpy as np
 import tiktoken
-
-from configurator import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 AGAIN = "prepare the data set again"

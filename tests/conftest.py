@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 import time
+from configurator import UserError, one_line
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 
 import prepare_shakespeare
 import train
-from configurator import UserError, one_line
 from support import download
 from support.checkpoint import load_checkpoint
 from support.log import read_log

@@ -1,14 +1,15 @@
 """Options from a dataclass, config files and the command line."""
 
+import os
+import re
 import subprocess
 import sys
+from configurator import UserError, check_range, configure, read_options
 from dataclasses import FrozenInstanceError, dataclass
 from typing import Literal
 
 import pytest
 from conftest import ROOT
-
-from configurator import UserError, check_range, configure, read_options
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,36 @@ def test_scripts_and_tools_have_help_and_name_mistakes(script):
         command = [sys.executable, *script, arg]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare_openweb.py", "tools/report.py"])
+def test_a_missing_package_ends_in_one_line_with_what_to_do(script, tmp_path):
+    """Started without any package (-S), as in a shell that has not activated its environment."""
+    command = [sys.executable, "-S", ROOT / script]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.fullmatch(r"error: No module .*; run: pip install -r .*\n", done.stderr)
+
+
+@dataclass(frozen=True)
+class LongComment:
+    """An option whose comment fills more than one line of a narrow terminal."""
+
+    pad_vocab_to: int = 0  # rows of the embedding: a multiple of 64 is faster; --pad_vocab_to=0: V
+
+
+@pytest.mark.parametrize("columns", [75, 80, 120])
+def test_help_fits_the_terminal(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        configure(LongComment, ["--help"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= columns
+    words = (
+        "--pad_vocab_to=0 rows of the embedding: a multiple of 64 is faster; --pad_vocab_to=0: V"
+    )
+    assert words in " ".join(printed.split())
 
 
 def test_a_missing_config_file_gets_a_suggestion(config_file):

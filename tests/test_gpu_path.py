@@ -3,6 +3,7 @@
 import contextlib
 import math
 import socket
+from configurator import UserError, read_options
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,6 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from configurator import UserError, read_options
 from model import GPT, GPTConfig
 from support import runtime
 from support.processes import Processes

@@ -1,6 +1,7 @@
 """The model against `transformers`, and the properties that make it a causal language model."""
 
 import math
+from configurator import read_options
 from dataclasses import fields
 
 import pytest
@@ -10,7 +11,6 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
 
 import model as model_module
-from configurator import read_options
 from model import GPT, GPTConfig, attention, sample_token
 from support.optimizers import param_groups
 from train import TrainConfig

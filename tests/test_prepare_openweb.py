@@ -12,6 +12,7 @@ import sys
 import time
 import unicodedata
 from collections import deque
+from configurator import UserError
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prepare_openweb as prepare
-from configurator import UserError
 from support import corpus, tokenizer
 from support.files import lock_folder
 

@@ -3,12 +3,12 @@
 import hashlib
 import subprocess
 import sys
+from configurator import UserError
 
 import pytest
 from conftest import ROOT, TEXT
 
 import prepare_shakespeare as prepare
-from configurator import UserError
 from support.files import lock_folder
 
 CONTENT = TEXT.encode()

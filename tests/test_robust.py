@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from configurator import read_options
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from configurator import read_options
 
 
 @pytest.mark.parametrize("kills", [pytest.param(10, marks=pytest.mark.slow)])

@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
+from configurator import UserError
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 import sample
-from configurator import UserError
 from sample import SampleConfig
 
 

@@ -1,10 +1,12 @@
 """Training runs of a tiny model: what they compute, write, repeat and refuse."""
 
+import contextlib
 import math
 import os
 import signal
 import subprocess
 import sys
+from configurator import UserError, read_options
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ from conftest import ROOT, TEXT, assert_same_run, logged, options, weights
 from test_model import reference
 
 import train
-from configurator import UserError, read_options
 from support.checkpoint import load_checkpoint
+from support.log import shorten
 
 # What a run computes
 
@@ -69,7 +71,7 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_run(tiny_run, mon
         assert exit_.value.code == 128 + signal.SIGTERM
     tiny_run(out_dir="out/parts", init_from="resume", **changed)
     assert_same_run(whole, Path("out/parts"))
-    assert len(logged(whole)) == 12 + 3
+    assert len(logged(whole)) == 12 + 3 + 3  # updates, evaluations and samples
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_run, tiny_trainer):
@@ -178,8 +180,9 @@ def test_a_run_leaves_its_log_samples_picture_and_checkpoints(tiny_run, capsys):
     assert len(samples) == 2 and all(s.startswith("3 times") and len(s) == 27 for s in samples)
     page, printed = (out_dir / "samples.md").read_text(encoding="utf-8"), capsys.readouterr().out
     assert all(sample in page for sample in samples)
-    assert "epoch | training loss | validation loss | sample" in printed
-    assert f"{records[-1]['val_loss']:.4f}" in printed
+    assert all(f"| {shorten(sample)}\n" in printed for sample in samples)
+    losses = [r["val_loss"] for r in records if "val_loss" in r]
+    assert f"| validation loss {losses[-1]:.4f}\n" in printed
     assert "python sample.py --out_dir=out/tiny" in printed
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     best, last = (load_checkpoint(out_dir / name)[1].keys() for name in ("best.pt", "ckpt.pt"))
@@ -229,30 +232,39 @@ def test_eval_only_prints_the_losses_and_writes_nothing(tiny_run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("interval", "steps"), [(100, [245, 490]), (300, [245, 490]), (490, [245, 490]), (0, [])]
+    ("interval", "steps"),
+    [(200, [0, 25, 50, 100, 200, 250]), (80, [0, 25, 50, 80, 100, 160, 240, 250]), (0, [])],
 )
-def test_a_sample_belongs_to_the_first_evaluation_at_or_after_its_step(
+def test_samples_come_early_at_their_interval_and_at_the_end(
     tiny_run, interval, steps, monkeypatch
 ):
-    """config/phase1_char.py evaluates every 245 steps. A run also shows its first and last text."""
     monkeypatch.setattr(train.Trainer, "train_step", lambda *_, **__: torch.zeros(3))
     changed = {"sample_interval": interval, "sample_start": "1", "sample_tokens": 2}
-    run = {"max_iters": 490, "eval_interval": 245, "eval_iters": 1, "log_interval": 490}
+    run = {"max_iters": 250, "eval_interval": 245, "eval_iters": 1, "log_interval": 250}
     records = logged(tiny_run(**changed, **run))
     assert [r["step"] for r in records if "sample" in r] == steps
 
 
-def test_samples_come_at_their_interval(tiny_run):
-    run = {"eval_interval": 2, "max_iters": 20, "eval_iters": 1, "sample_tokens": 2}
-    records = logged(tiny_run(sample_interval=5, sample_start="1", **run))
-    # First the evaluation after eval_interval steps, then those at or after 5, 10, 15 and 20.
-    assert [r["step"] for r in records if "sample" in r] == [2, 6, 10, 16, 20]
+@pytest.mark.parametrize("stop", [0, 1, 3, 4, 6])
+def test_a_resumed_run_has_the_log_of_one_that_was_not_interrupted(tiny_run, monkeypatch, stop):
+    """The checkpoint is from after step `stop`, and the log goes on for two steps after that."""
+    options = {"sample_interval": 3, "sample_start": "1", "sample_tokens": 4, "eval_interval": 3}
+    whole = logged(tiny_run(**options, max_iters=6))
+    original = train.Trainer.train_step
 
+    def step_or_fail(trainer, step, *args, **kwargs):
+        if step == stop:
+            trainer.save_state(step)
+        if step == stop + 2:
+            raise KeyboardInterrupt
+        return original(trainer, step, *args, **kwargs)
 
-def test_phase1_accepts_an_eval_interval_that_does_not_divide_the_sample_interval():
-    path = str(ROOT / "config" / "phase1_char.py")
-    config = read_options(train.TrainConfig, [path, "--eval_interval=100"])
-    assert (config.eval_interval, config.sample_interval) == (100, 5 * 245)
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr(train.Trainer, "train_step", step_or_fail)
+        tiny_run(**options, max_iters=6)
+    records = logged(tiny_run(**options, max_iters=6, init_from="resume"))
+    times = {"seconds": 0, "tokens_per_second": 0}
+    assert [r | times for r in records] == [r | times for r in whole]
 
 
 def test_a_new_run_keeps_an_earlier_one(tiny_run, capsys):

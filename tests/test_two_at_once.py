@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from configurator import UserError
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from test_train import assert_same_run, logged, options
 import prepare_openweb
 import prepare_shakespeare
 import train
-from configurator import UserError
 from support import data, log
 from support.checkpoint import load_checkpoint
 from support.files import lock_folder

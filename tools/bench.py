@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from configurator import UserError, check_range, configure, one_line, read_options, run
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -32,7 +33,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import model as gpt
-from configurator import UserError, check_range, configure, one_line, read_options, run
 from support import preflight, runtime
 from support.data import Dataset, gather, random_offsets, write_dataset
 from support.files import atomic_write

@@ -18,6 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from configurator import UserError, check_range, configure, run
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,6 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import UserError, check_range, configure, run
 from model import GPT
 from support import runtime
 from support.data import TOKEN, inspect_bin, read_meta

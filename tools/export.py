@@ -8,10 +8,10 @@ and lm-evaluation-harness. The second has a checkpoint for sample.py without the
 which is two thirds of a checkpoint.
 """
 
+from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, configure, run
 from support.checkpoint import save_checkpoint
 from support.hub import load_model, write_folder
 

@@ -15,13 +15,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from configurator import UserError, check_range, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
 
-from configurator import UserError, check_range, configure, run
 from support.files import atomic_write, read_text
 from support.log import read_log
 from support.pictures import markdown_table, save_figure

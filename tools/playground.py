@@ -18,6 +18,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from configurator import UserError, check_range, configure, read_options, run
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -28,7 +29,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from configurator import UserError, check_range, configure, read_options, run
 from model import GPT, candidates
 from sample import SampleConfig
 from support import tokenizer as tokenizers

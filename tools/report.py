@@ -3,10 +3,10 @@
 python -m tools.report --out_dir=out/phase1_char
 """
 
+from configurator import configure, run
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import configure, run
 from support.pictures import write_report
 
 

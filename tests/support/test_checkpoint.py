@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from configurator import UserError
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,6 @@ from hypothesis import strategies as st
 
 import sample
 import train
-from configurator import UserError
 from model import GPT
 from support.checkpoint import load_checkpoint, tensor_bytes
 

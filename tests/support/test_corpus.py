@@ -3,6 +3,7 @@
 import json
 import unicodedata
 from collections import Counter
+from configurator import UserError
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import UserError
 from support.corpus import clean, difference, hash_document, read_documents
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from configurator import UserError
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from conftest import TEXT, damaged, damages, many_examples, odd_values, or_user_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import UserError
 from support import data
 from support.data import Dataset, Tokens, gather, random_offsets, write_dataset
 from support.tokenizer import CharTokenizer

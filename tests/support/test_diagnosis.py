@@ -1,6 +1,7 @@
 """A loss or gradient that is not finite ends the run, and the error names the cause."""
 
 import math
+from configurator import UserError
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from conftest import logged, weights
 
 import train
-from configurator import UserError
 from support.checkpoint import load_checkpoint
 
 

@@ -4,13 +4,13 @@ import gzip
 import hashlib
 import socket
 import threading
+from configurator import UserError
 
 import pytest
 import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configurator import UserError
 from support import download as module
 from support.download import NotFound, download, remote_size
 

@@ -2,10 +2,10 @@
 
 import hashlib
 import os
+from configurator import UserError
 
 import pytest
 
-from configurator import UserError
 from support import files
 from support.files import atomic_write, file_sha256, free_bytes, lock_folder, read_text
 

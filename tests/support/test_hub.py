@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from configurator import UserError, read_options
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 import prepare_shakespeare
 import sample
 import train
-from configurator import UserError, read_options
 from model import GPT
 from support.checkpoint import load_checkpoint
 from support.hub import REVISIONS, TRANSPOSED, load_model, load_pretrained

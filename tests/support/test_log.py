@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+from configurator import UserError
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from conftest import ROOT, damaged, damages, logged, many_examples, odd_values, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import UserError
 from support import log
 from support.log import read_log
 from support.pictures import write_report

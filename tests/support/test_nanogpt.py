@@ -1,6 +1,7 @@
 """nanoGPT's checkpoints, token files, config files and model work here without changes."""
 
 import math
+from configurator import UserError, read_options
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
 import train
-from configurator import UserError, read_options
 from model import GPTConfig
 from support import data
 from support.checkpoint import load_checkpoint

@@ -24,30 +24,32 @@ def test_a_table_row_of_another_length_is_a_mistake():
         markdown_table(["a", "b"], [["1"]])
 
 
-def record(text: str, **changed) -> dict:
-    return {"epoch": 2.0, "train_loss": 1.0, "val_loss": 1.25, "sample": text, **changed}
+def test_a_row_has_the_losses_of_its_step_and_one_line_and_fits_80_columns():
+    texts = ("a | b\n\nsecond line", "word " * 40)
+    records = [{"step": 490 * i, "epoch": 2.0 * i, "sample": text} for i, text in enumerate(texts)]
+    records.append({"step": 490, "epoch": 2.0, "train_loss": 1.0, "val_loss": 1.25})
+    first, second = samples_table(records).splitlines()[2:]
+    assert first == "|     0 |          |            | a \\| b / second line |"
+    assert second.startswith("|     2 |   1.0000 |     1.2500 | word word ")
+    assert second.endswith("word word ... |") and len(second) <= 80
 
 
-def test_a_sample_is_one_line_of_at_most_90_characters_and_can_not_break_the_table():
-    table = samples_table([record("a | b\n\nsecond line"), record("word " * 40)])
-    first, second = table.splitlines()[2:]
-    assert first.startswith("|     2 |        1.0000 |          1.2500 | a \\| b / second line |")
-    assert second.endswith("word word ... |") and len(second.split("|")[4]) <= 96
+def test_a_log_with_samples_in_its_evaluations_is_read():
+    """Runs logged samples in that way until November 2026."""
+    record = {"step": 9, "epoch": 1.0, "train_loss": 2.0, "val_loss": 3.0, "sample": "text"}
+    assert samples_table([record]).endswith("|     1 |   2.0000 |     3.0000 | text |")
 
 
-def test_a_run_without_samples_prints_no_table(tiny_run, capsys):
+def test_a_run_without_samples_has_no_table(tiny_run):
     out_dir = tiny_run()
-    printed = capsys.readouterr().out
-    assert "training loss | validation loss |" not in printed and "| --" not in printed
     assert write_report(out_dir) == ""
     assert "|" not in (out_dir / "samples.md").read_text(encoding="utf-8")
 
 
-def test_a_run_with_samples_prints_them_in_a_table(tiny_run, capsys):
+def test_a_run_with_samples_has_all_of_them_in_its_report(tiny_run):
     out_dir = tiny_run(sample_interval=6, sample_start="1", sample_tokens=5)
-    table = capsys.readouterr().out.split("| epoch | training loss")[1]
-    assert table.count("\n| ") == 3  # the rule and two samples
     page = (out_dir / "samples.md").read_text(encoding="utf-8")
+    assert page.count("\n| ") == 5  # header, rule and the samples after 0, 6 and 12 steps
     assert all(r["sample"] in page for r in logged(out_dir) if "sample" in r)
 
 

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import time
+from configurator import UserError
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from conftest import ROOT, options
 from torch.nn import functional as F
 
 import model
-from configurator import UserError
 from support import checkpoint, preflight, runtime
 from support.data import Dataset, write_dataset
 from support.tokenizer import CharTokenizer

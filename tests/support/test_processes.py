@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from configurator import UserError
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT, logged, options, weights
 
-from configurator import UserError
 from support.processes import Processes
 
 TRAIN = str(ROOT / "train.py")

@@ -6,13 +6,13 @@ import subprocess
 import sys
 import time
 import types
+from configurator import UserError
 
 import pytest
 import torch
 from conftest import ROOT, logged, options
 
 import train
-from configurator import UserError
 from support import runtime
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

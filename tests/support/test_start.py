@@ -1,5 +1,6 @@
 """Where a run starts: anew, at its checkpoint, and what is refused or said on the way."""
 
+from configurator import UserError
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ from conftest import TEXT, assert_same_run, logged, weights
 
 import prepare_shakespeare
 import train
-from configurator import UserError
 from support.checkpoint import load_checkpoint
 
 CHANGED = "changed since the checkpoint, so this is another run: "

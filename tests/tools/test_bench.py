@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from configurator import UserError, read_options
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 import model as gpt
-from configurator import UserError, read_options
 from tools import bench
 from train import TrainConfig
 

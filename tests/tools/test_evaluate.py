@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from configurator import UserError
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from conftest import TEXT
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from configurator import UserError
 from model import GPT, GPTConfig
 from support import hub
 from support.checkpoint import save_checkpoint

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+from configurator import UserError
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import sample
-from configurator import UserError
 from model import GPT, GPTConfig
 from support import hub
 from support.checkpoint import load_checkpoint, save_checkpoint

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from configurator import UserError, read_options
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 import prepare_shakespeare
 import train
-from configurator import UserError, read_options
 from model import GPT, GPTConfig
 from support import preflight
 from tools import lessons

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import threading
+from configurator import UserError, help_text
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,6 @@ from transformers import (
 
 import model as model_file
 import sample
-from configurator import UserError, help_text
 from sample import SampleConfig
 from support.checkpoint import load_checkpoint
 from tools import playground
