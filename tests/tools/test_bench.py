@@ -147,7 +147,7 @@ def test_the_ladder_multiplies_its_factors(tmp_path, capsys):
 def test_the_loader_says_how_many_hours_the_whole_run_would_load(tmp_path, capsys):
     about, rows = measure(tmp_path, capsys, "loader")
     assert list(rows) == list(bench.LOADERS)
-    total = 42_000 * 8 * 2 * 16  # steps and sequences of config/phase3_gpt2.py, in tiny
+    total = 21_000 * 8 * 2 * 16  # steps and sequences of config/phase3_gpt2.py, in tiny
     assert f"{total:,} tokens" in about["run"]
     for row in rows.values():
         assert row["hours"] == pytest.approx(total / row["tokens_per_second"] / 3600)
@@ -196,7 +196,7 @@ def test_a_new_gpu_is_measured_in_one_table(tmp_path, capsys):
     step = rows["phase 3, batch 8"]
     assert "speedup" not in step  # the rows measure different things
     assert step["of_bfloat16"] == pytest.approx(step["gflops"] / rows["bfloat16 product"]["gflops"])
-    total, flops = 42_000 * 8 * 2 * 16, 1e9 * step["gflops"] / step["tokens_per_second"]
+    total, flops = 21_000 * 8 * 2 * 16, 1e9 * step["gflops"] / step["tokens_per_second"]
     hours = rows["estimate of preflight, A100"]["hours"]
     assert hours == pytest.approx(total * flops / (0.4 * 312e12) / 3600)
 

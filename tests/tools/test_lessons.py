@@ -270,13 +270,23 @@ def test_what_the_page_names_exists():
         assert check in preflight.CHECKS, check
 
 
+class NearNumbers(doctest.OutputChecker):
+    """Numbers with a point may differ a little: processors add up in different orders."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        number = r"-?\d+\.\d*"
+        wanted, found = ([float(n) for n in re.findall(number, text)] for text in (want, got))
+        same_words = re.sub(number, "#", want).split() == re.sub(number, "#", got).split()
+        return same_words and wanted == pytest.approx(found, abs=0.05)
+
+
 def test_the_examples_of_the_page_print_what_it_shows():
     example = doctest.DocTestParser().get_doctest(PAGE, {}, "lessons.md", None, 0)
-    assert len(example.examples) > 10
+    assert len(example.examples) > 40
     # The end of a code block is no output.
     for part in example.examples:
         part.want = part.want.replace("```\n", "")
     try:
-        assert doctest.DocTestRunner().run(example).failed == 0
+        assert doctest.DocTestRunner(NearNumbers()).run(example).failed == 0
     finally:
         torch.set_printoptions(profile="default")
