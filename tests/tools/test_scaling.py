@@ -1,0 +1,39 @@
+"""The picture of loss over compute."""
+
+import math
+import sys
+
+import pytest
+from conftest import logged
+
+from support.data import load_meta
+from tools import scaling
+
+
+def test_a_curve_has_the_operations_and_the_bits_per_byte_of_each_evaluation(tiny_run, dataset):
+    out_dir = tiny_run(max_iters=12, eval_interval=6)
+    flops, bits, label = scaling.read_curve(out_dir)
+    # 2 layers: 12 * 16 * 16 weights each; a head of 18 * 16; attention of 16 tokens; 3 passes of
+    # 2 operations; 2 * 4 sequences of 16 tokens in a step
+    per_token = 6 * (2 * 12 * 16 * 16 + 18 * 16) + 12 * 2 * 16 * 16
+    assert flops == [6 * 128 * per_token, 12 * 128 * per_token]
+    meta = load_meta(dataset)
+    losses = [r["val_loss"] for r in logged(out_dir) if "val_loss" in r and r["step"]]
+    expected = [
+        loss * math.log2(math.e) * meta["val_tokens"] / meta["val_bytes"] for loss in losses
+    ]
+    assert bits == pytest.approx(expected)
+    assert label == "tiny: 0.0 million parameters"
+
+
+def test_every_run_is_a_line_and_is_printed(tiny_run, monkeypatch, capsys, tmp_path):
+    runs = [tiny_run(out_dir=f"out/{name}", n_layer=n) for name, n in (("small", 1), ("large", 2))]
+    curves = [scaling.read_curve(out_dir) for out_dir in runs]
+    lines = scaling.draw_curves(curves).axes[0].get_lines()
+    assert [line.get_ydata().tolist() for line in lines] == [bits for _, bits, _ in curves]
+    monkeypatch.setattr(sys, "argv", ["scaling", *(f"--out_dir={out_dir}" for out_dir in runs)])
+    capsys.readouterr()
+    scaling.main(scaling.ScalingConfig(picture=str(tmp_path / "curves.png")))
+    printed = capsys.readouterr().out
+    assert "small: 0.0 million" in printed and f"{curves[1][1][-1]:.4f} bits per byte" in printed
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
