@@ -157,22 +157,23 @@ def judge(hunt: dict, copy: Path) -> list[str]:
         shutil.copy(ROOT / "pyproject.toml", judged)
         options = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
         tests = [f"tests/{test}" for test in hunt["tests"]]
-        failed = failures(["-m", "pytest", *options, *tests], judged, cwd=judged)
+        # Both programs look for modules in the copy first: in cwd, and beside train.py.
+        failed = failures(["-m", "pytest", *options, *tests], cwd=judged)
         if hunt.get("preflight"):
             options = ["--preflight", "--device=cpu", f"--out_dir={judged / 'out'}"]
             train, config = judged / "train.py", ROOT / "config" / "phase1_quick.py"
-            failed += failures([train, config, *options], judged, cwd=Path.cwd())
+            failed += failures([train, config, *options], cwd=Path.cwd())
     return failed
 
 
-def failures(args: list, judged: Path, cwd: Path) -> list[str]:
-    """Run Python, which imports the code in `judged` first. Returns a line per failure."""
+def failures(args: list, cwd: Path) -> list[str]:
+    """Run Python with these arguments in `cwd`. Returns a line per failure."""
     command = [sys.executable, *map(str, args)]
     # pytest cuts its lines at the width of the terminal, which it takes from COLUMNS.
-    env = {**os.environ, "PYTHONPATH": str(judged), "COLUMNS": "200"}
-    options = {"encoding": "utf-8", "errors": "replace", "timeout": SECONDS}
+    options = {"env": {**os.environ, "COLUMNS": "200"}, "timeout": SECONDS}
+    options |= {"encoding": "utf-8", "errors": "replace"}
     try:
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, **options)
+        done = subprocess.run(command, cwd=cwd, capture_output=True, **options)
     except subprocess.TimeoutExpired:
         raise UserError(f"stopped after {SECONDS} s; is there an endless loop?") from None
     lines = [s for s in done.stdout.splitlines() if s.startswith(("FAILED ", "ERROR ", "FAIL "))]

@@ -1,13 +1,15 @@
 """The bug hunt: every hunt can be played, nothing gives the answer away, no edit is lost."""
 
+import random
 import re
 import shutil
+import string
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEXT
+from conftest import ROOT
 
 import prepare_shakespeare
 from configurator import UserError, one_line
@@ -95,7 +97,8 @@ def test_a_diff_makes_the_change_that_git_makes_and_git_can_undo_it(number, plac
 @pytest.mark.slow
 @pytest.mark.parametrize("number", NUMBERS, ids=name)
 def test_the_broken_copy_fails_all_that_judges_it_and_the_solved_copy_passes(number, place, capsys):
-    Path("play.txt").write_text("ROMEO:\n" + TEXT, encoding="utf-8")
+    text = "".join(random.Random(0).choices(string.ascii_letters + " :\n", k=20_000))
+    Path("play.txt").write_text(text, encoding="utf-8")
     data = prepare_shakespeare.PrepareConfig(input="play.txt", dataset="shakespeare_char")
     prepare_shakespeare.main(data)
     play(number)
@@ -206,11 +209,11 @@ def test_a_syntax_error_is_named_with_its_line(place):
 
 
 def test_an_endless_loop_and_code_that_does_not_run_end_in_one_line(place, monkeypatch):
-    (line,) = hunt.failures(["-c", "1 / 0"], place, cwd=place)
+    (line,) = hunt.failures(["-c", "1 / 0"], cwd=place)
     assert line == "the copy does not run: ZeroDivisionError: division by zero"
     monkeypatch.setattr(hunt, "SECONDS", 0.5)
     with pytest.raises(UserError, match=r"stopped after 0\.5 s; is there an endless loop\?"):
-        hunt.failures(["-c", "while True: pass"], place, cwd=place)
+        hunt.failures(["-c", "while True: pass"], cwd=place)
 
 
 def test_what_a_check_needs_is_named(place, monkeypatch):
