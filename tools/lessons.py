@@ -22,7 +22,7 @@ from statistics import median
 
 from matplotlib.figure import Figure
 
-from support.files import atomic_write, read_text
+from support.files import apply_diff, atomic_write, read_text
 from support.log import read_log
 from support.pictures import markdown_table, save_figure
 
@@ -66,21 +66,6 @@ MISTAKES = [
     Mistake("dtype", "read_as_bytes", "Ids read as bytes: every second target is known"),
     Mistake("loader", "slow_loader", "Tokenizing in every step: the same curve, later"),
 ]
-
-
-def apply_diff(diff: Path, folder: Path) -> None:
-    """Make the change of a unified diff to one file in `folder`. Raises UserError if it can not."""
-    header, *hunks = re.split(r"^@@ .*\n", diff.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    path = folder / re.search(r"^\+\+\+ b/(\S+)", header, re.MULTILINE)[1]
-    text = path.read_text(encoding="utf-8")
-    for hunk in hunks:
-        lines = hunk.splitlines()
-        before = "\n".join(line[1:] for line in lines if line[:1] != "+")
-        after = "\n".join(line[1:] for line in lines if line[:1] != "-")
-        if text.count(before) != 1:
-            raise UserError(f"{diff}: does not apply to {path.name}; make the diff again")
-        text = text.replace(before, after)
-    path.write_text(text, encoding="utf-8")
 
 
 def run_train(folder: str, options: list[str]) -> tuple[str, str]:
