@@ -239,6 +239,7 @@ function heatMap({weights, masked}, labels) {
     const map = svg("svg", {viewBox: `0 0 ${side} ${side}`, role: "img",
         "aria-label": `attention ${masked ? "with" : "without"} the mask`});
     map.style.minWidth = `${Math.round(0.75 * side)}px`;
+    map.style.maxWidth = `${Math.round(1.5 * side)}px`;
     if (masked) map.append(svg("path", {class: "masked", d: `${steps}V${margin}Z`}));
     for (let row = 0; row < T; row++) {
         for (let column = 0; column < (masked ? row + 1 : T); column++) {
@@ -259,7 +260,7 @@ function heatMap({weights, masked}, labels) {
         svg("path", {class: "stairs", d: steps}),
         svg("text", {class: "axis", x: margin, y: 11}, "looked at (keys) →"),
         svg("text", {class: "axis", transform: `translate(11 ${end}) rotate(-90)`}, "looking (queries) →"));
-    if (masked) map.append(
+    if (masked && T > 12) map.append(
         svg("text", {class: "axis", x: end - 6, y: margin + 20, "text-anchor": "end"}, "the future, masked"));
     return map;
 }
@@ -403,8 +404,8 @@ function drawLoss() {
             svg("text", {class: `axis ${key}`, x: 50 + 90 * i, y: 16}, `— ${CURVES[key]}`));
     });
     plot.append(
-        svg("text", {class: "axis", x: width - 15, y: 16, "text-anchor": "end"}, "nats per token"),
-        svg("text", {class: "axis", x: width / 2, y: height - 4, "text-anchor": "middle"}, "step"));
+        svg("text", {class: "axis", x: width / 2, y: height - 4, "text-anchor": "middle"},
+            "step (losses in nats per token)"));
     if (moment()) {
         const at = x(moment().step);
         plot.append(svg("line", {class: "moment", x1: at, x2: at, y1: 40, y2: height - 40}),
