@@ -437,7 +437,7 @@ def test_hostile_text_is_shown_as_text(tiny_run, tmp_path):
         start_text(page)
         expect(text.locator(".token")).to_have_count(300)
         expect(text.locator(".prompt")).to_have_text(HOSTILE)
-        for i in range(40):
+        for i in range(15):
             text.locator(".token").nth(i).click()
         page.get_by_role("tab", name="Attention").click()
         expect(page.locator("#maps svg")).to_have_count(2)
@@ -535,19 +535,31 @@ def test_learning_opens_on_the_run_that_trains(runs):
 
 def draw() -> None:
     """Draw the pictures of the page for the documents from the run of phase 1."""
+    from PIL import Image  # matplotlib needs it, too
+
     os.chdir(ROOT)
-    with served(["out/phase1_char"]) as url, chromium() as browser, opened(browser, url) as page:
+
+    def save(page, name: str) -> None:
+        path = f"docs/pictures/playground_{name}.png"
+        page.screenshot(path=path, full_page=True)
+        # 256 colors look the same and take a third of the bytes.
+        Image.open(path).convert("RGB").quantize(256, dither=0).save(path, optimize=True)
+
+    with (
+        served(["out/phase1_char"]) as url,
+        chromium() as browser,
+        opened(browser, url, width=1100, height=760) as page,
+    ):
         page.locator("#text .token").nth(299).wait_for()
         page.locator("#text .token").nth(12).click()
         page.get_by_text("Token 13 is ").wait_for()
-        page.screenshot(path="docs/pictures/playground_write.png", full_page=True)
+        save(page, "write")
         page.get_by_role("tab", name="Attention").click()
         page.get_by_role("button", name="layer 1, head 3").click()  # it looks at the token before
-        page.screenshot(path="docs/pictures/playground_attention.png", full_page=True)
+        save(page, "attention")
         page.get_by_role("tab", name="Learning").click()
-        page.locator("#sample").wait_for()
         page.locator("#moment").press("Home")
-        page.screenshot(path="docs/pictures/playground_learning.png", full_page=True)
+        save(page, "learning")
 
 
 if __name__ == "__main__":
