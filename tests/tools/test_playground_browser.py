@@ -535,31 +535,28 @@ def test_learning_opens_on_the_run_that_trains(runs):
 
 def draw() -> None:
     """Draw the pictures of the page for the documents from the run of phase 1."""
-    from PIL import Image  # matplotlib needs it, too
-
     os.chdir(ROOT)
-
-    def save(page, name: str) -> None:
-        path = f"docs/pictures/playground_{name}.png"
-        page.screenshot(path=path, full_page=True)
-        # 256 colors look the same and take a third of the bytes.
-        Image.open(path).convert("RGB").quantize(256, dither=0).save(path, optimize=True)
-
     with (
         served(["out/phase1_char"]) as url,
         chromium() as browser,
         opened(browser, url, width=1100, height=760) as page,
     ):
-        page.locator("#text .token").nth(299).wait_for()
+        page.locator("#text .token").nth(299).wait_for()  # the prompt is the run's by now
+        start_text(page, max_new_tokens=150)  # the pieces of a short text make a small file
+        page.wait_for_function("() => document.querySelectorAll('#text .token').length === 150")
         page.locator("#text .token").nth(12).click()
         page.get_by_text("Token 13 is ").wait_for()
-        save(page, "write")
+        page.screenshot(path="docs/pictures/playground_write.png", full_page=True)
         page.get_by_role("tab", name="Attention").click()
         page.get_by_role("button", name="layer 1, head 3").click()  # it looks at the token before
-        save(page, "attention")
-        page.get_by_role("tab", name="Learning").click()
-        page.locator("#moment").press("Home")
-        save(page, "learning")
+        page.screenshot(path="docs/pictures/playground_attention.png", full_page=True)
+        draw_learning(page)
+
+
+def draw_learning(page) -> None:
+    page.get_by_role("tab", name="Learning").click()
+    page.locator("#moment").press("Home")
+    page.screenshot(path="docs/pictures/playground_learning.png", full_page=True)
 
 
 if __name__ == "__main__":
