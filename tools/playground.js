@@ -61,9 +61,15 @@ const percent = p => p === 0 ? "0%" : p < 0.0005 ? "<0.1%" : `${(100 * p).toFixe
 // The square root separates 1% from 5% as well as 50% from 80%.
 const shade = p => Math.sqrt(p).toFixed(2);
 
-// Write: a text and the candidates for each token
+const cell = (p, ...children) => {
+    const td = html("td", {class: "bar"}, ...children, percent(p));
+    td.style.setProperty("--p", p.toFixed(4));
+    return td;
+};
 
-let written = {prompt: "", tokens: [], settings: ""};
+// Write: a text, the candidates for each token, and the likeliest tokens after each layer
+
+let written = {checkpoint: "", prompt: "", tokens: []};
 let chosen = 0;
 let following = true;  // scroll to the end while the text grows, until the user chooses a token
 
@@ -87,8 +93,10 @@ function describeSettings() {
 
 const promptSpan = text => html("span", {class: "prompt"}, text);
 
+const taken = token => token.candidates.find(candidate => candidate.taken);
+
 function tokenSpan(token, number) {
-    const p = token.candidates.find(candidate => candidate.drawn).before;
+    const p = taken(token).before;
     const span = html("span", {class: "token", title: percent(p), "data-token": number});
     span.style.setProperty("--shade", shade(p));
     token.text.split("\n").forEach((line, i) => {  // show a line end, so that it can be clicked
@@ -98,24 +106,21 @@ function tokenSpan(token, number) {
     return span;
 }
 
-function drawCandidates() {
+function drawToken() {
     const token = written.tokens[chosen];
-    if (!token) return byId("candidates").replaceChildren();
-    const bar = p => {
-        const cell = html("td", {class: "bar"}, percent(p));
-        cell.style.setProperty("--p", p.toFixed(4));
-        return cell;
-    };
-    const rows = token.candidates.map(c => html("tr", {class: c.drawn ? "drawn" : ""},
-        html("td", {}, c.rank.toLocaleString("en")), html("th", {scope: "row"}, c.label),
-        bar(c.before), bar(c.after)));
-    const heads = ["rank", "token", "before", "after"].map(name => html("th", {scope: "col"}, name));
-    const label = token.candidates.find(c => c.drawn).label;
-    byId("candidates").replaceChildren(
-        html("p", {}, `Token ${chosen + 1}, `, html("b", {}, label), ", was drawn from:"),
-        html("table", {}, html("thead", {}, html("tr", {}, ...heads)), html("tbody", {}, ...rows)),
-        html("p", {}, "Before: the model's probability. After: the probability of being drawn, with "
-            + `${written.settings}.`));
+    for (const view of document.querySelectorAll(".token-view")) view.hidden = !token;
+    if (!token) return;
+    byId("choice").replaceChildren(
+        `Token ${chosen + 1} is `, html("b", {}, taken(token).label), ". The candidates were:");
+    byId("settings").textContent = token.settings;
+    byId("candidates").replaceChildren(...token.candidates.map(c => html("tr",
+        {class: c.taken ? "taken" : ""},
+        html("td", {}, c.rank.toLocaleString("en")),
+        html("th", {scope: "row"}, html("button", {"data-id": c.id}, c.label)),
+        cell(c.before), cell(c.after))));
+    byId("lens").replaceChildren(...token.lens.map((best, layer) => html("tr", {},
+        html("th", {scope: "row"}, layer + 1),
+        ...best.map(c => cell(c.p, html(c.taken ? "b" : "span", {class: "piece"}, c.label), " ")))));
 }
 
 function choose(number) {
@@ -124,7 +129,7 @@ function choose(number) {
     spans[chosen]?.classList.remove("chosen");
     chosen = number;
     spans[chosen].classList.add("chosen");
-    drawCandidates();
+    drawToken();
 }
 
 function chooseByHand(number) {
@@ -133,51 +138,90 @@ function chooseByHand(number) {
     byId("text").querySelector(".chosen")?.scrollIntoView({block: "nearest"});
 }
 
-async function writeText(options = samplingOptions()) {
-    const signal = beginTurn("write"), box = byId("text");
-    written = {prompt: options.start ?? "", tokens: [], settings: describeSettings()};
-    chosen = 0;
+// Write `count` tokens after the first `kept` tokens of the text; `choice`, an id, comes before them.
+// Without these it is a new text. A `start` of null asks for the prompt of the run's own samples.
+async function writeText({kept = 0, choice = null, count, start = byId("prompt").value} = {}) {
+    const signal = beginTurn("write"), box = byId("text"), settings = describeSettings();
     following = true;
-    box.replaceChildren();
-    drawCandidates();
+    if (kept === 0 && choice === null) {
+        written = {checkpoint: byId("checkpoint").value, prompt: start, tokens: []};
+        chosen = 0;
+        box.replaceChildren();
+        drawToken();
+    }
+    const {checkpoint, tokens} = written;
+    const options = {...samplingOptions(), start: start ?? undefined};
+    if (count) options.max_new_tokens = count;
+    for (const span of [...box.querySelectorAll(".token")].slice(kept)) span.remove();
+    tokens.length = kept;
     try {
-        const request = {checkpoint: byId("checkpoint").value, options, earlier: []};
+        const request = {checkpoint, options, written: tokens.map(token => token.id), choice, earlier: []};
+        let about = "";
         for await (const answer of ask("write", request, signal)) {
             if (answer.about) {
-                show("about", answer.about);
+                show("about", about = answer.about);
+                if (box.hasChildNodes()) continue;
                 written.prompt = answer.prompt;
-                if (options.start === undefined) byId("prompt").value = answer.prompt;
+                if (start === null) byId("prompt").value = answer.prompt;
                 box.append(promptSpan(answer.prompt));
                 continue;
             }
-            box.append(tokenSpan(answer, written.tokens.length));
-            written.tokens.push(answer);
-            if (written.tokens.length === 1) choose(0);
+            box.append(tokenSpan(answer, tokens.length));
+            tokens.push({...answer, settings});
+            if (tokens.length === kept + 1 || count === 1) choose(tokens.length - 1);
             if (following) box.scrollTop = box.scrollHeight;
         }
+        const expected = kept + (choice !== null) + Number(options.max_new_tokens);
+        if (!signal.aborted && tokens.length < expected)
+            show("about", `${about}; the model ended the text here`);
     } catch (error) {
         report("about", error);
     }
 }
 
+// Go on with the text, or begin a new one if the prompt or the checkpoint is another one now.
+function continueText(count) {
+    const same = written.prompt === byId("prompt").value
+        && written.checkpoint === byId("checkpoint").value;
+    writeText({kept: same ? written.tokens.length : 0, count});
+}
+
+// Tokens: the pieces of the prompt
+
+async function drawTokens() {
+    const signal = beginTurn("tokens");
+    const request = {checkpoint: byId("checkpoint").value, text: byId("prompt").value};
+    try {
+        for await (const {tokens, loss, count, characters} of ask("tokens", request, signal)) {
+            const shown = tokens.length < count ? `; these are the first ${tokens.length}` : "";
+            const mean = loss === null ? "" : ` Loss: ${loss.toFixed(3)} nats per token, the mean of `
+                + "-ln(probability).";
+            show("tokens-message", `${characters} character${characters === 1 ? "" : "s"}, ${count} `
+                + `token${count === 1 ? "" : "s"}${shown}.${mean}`);
+            byId("pieces").replaceChildren(...tokens.map(({id, label, p}) => {
+                const piece = html("span", {class: p === null ? "piece" : "piece token"}, label);
+                piece.style.setProperty("--shade", shade(p ?? 0));
+                return html("li", {}, piece, html("small", {}, `id ${id}`),
+                    html("small", {}, p === null ? "first" : percent(p)));
+            }));
+        }
+    } catch (error) {
+        if (error.name !== "AbortError") byId("pieces").replaceChildren();
+        report("tokens-message", error);
+    }
+}
+
 // Attention: which token looks at which
 
-function choices(name, fieldset, count, value) {
-    if (fieldset.querySelectorAll("input").length !== count) {
-        const labels = Array.from({length: count}, (_, i) => html("label", {},
-            html("input", {type: "radio", name, value: i + 1}), ` ${i + 1}`));
-        fieldset.replaceChildren(fieldset.querySelector("legend"), ...labels);
-    }
-    fieldset.querySelector(`[value="${value}"]`).checked = true;
-}
-const choice = name => document.querySelector(`[name="${name}"]:checked`)?.value;
+let seen = null;  // the last answer, with the maps of all heads
+let head = [0, 0];  // the layer and the head that are large
 
-function verdict(answer) {
+function verdict(answer, what) {
     const [masked, unmasked] = answer.maps.map(map => map.loss);
     const losses = `Without the mask the loss goes from ${masked.toFixed(3)} to ${unmasked.toFixed(3)}`;
     const shown = answer.labels.length;
-    const length = `The text has ${answer.tokens.toLocaleString("en")} tokens`
-        + (shown < answer.tokens ? `; the maps show the first ${shown}.` : ".");
+    const length = `${what} has ${answer.count.toLocaleString("en")} tokens`
+        + (shown < answer.count ? `; the maps show the first ${shown}.` : ".");
     if (unmasked < masked / 2)
         return `${losses}, which is impossibly good. This model was trained without the mask: it copies `
             + `each answer from the next token, which does not exist when it writes. ${length}`;
@@ -195,6 +239,7 @@ function heatMap({weights, masked}, labels) {
     const map = svg("svg", {viewBox: `0 0 ${side} ${side}`, role: "img",
         "aria-label": `attention ${masked ? "with" : "without"} the mask`});
     map.style.minWidth = `${Math.round(0.75 * side)}px`;
+    map.style.maxWidth = `${Math.round(1.5 * side)}px`;
     if (masked) map.append(svg("path", {class: "masked", d: `${steps}V${margin}Z`}));
     for (let row = 0; row < T; row++) {
         for (let column = 0; column < (masked ? row + 1 : T); column++) {
@@ -215,37 +260,68 @@ function heatMap({weights, masked}, labels) {
         svg("path", {class: "stairs", d: steps}),
         svg("text", {class: "axis", x: margin, y: 11}, "looked at (keys) →"),
         svg("text", {class: "axis", transform: `translate(11 ${end}) rotate(-90)`}, "looking (queries) →"));
-    if (masked) map.append(
+    if (masked && T > 12) map.append(
         svg("text", {class: "axis", x: end - 6, y: margin + 20, "text-anchor": "end"}, "the future, masked"));
     return map;
 }
 
-function figure(map, labels) {
+function figure({masked, loss, weights}, labels) {
+    const [layer, number] = head;
+    const map = {masked, weights: weights[layer][number].map(row => row.map(w => w / 10000))};
     const future = map.weights.flatMap((row, i) => row.slice(i + 1)).reduce((a, b) => a + b, 0);
     return html("figure", {}, html("figcaption", {},
-        html("b", {}, map.masked ? "With the mask" : "Without the mask"), html("br"),
-        `loss ${map.loss.toFixed(3)} nats per token, ${percent(future / labels.length)} of the attention `
-            + "on the future"),
+        html("b", {}, `Layer ${layer + 1}, head ${number + 1}, ${masked ? "with" : "without"} the mask`),
+        html("br"), `loss ${loss.toFixed(3)} nats per token, ${percent(future / labels.length)} of the `
+            + "attention on the future"),
     html("div", {class: "scroll", tabindex: 0}, heatMap(map, labels)));
 }
 
+function thumbnail(weights, layer, number) {
+    const T = weights.length, canvas = html("canvas", {width: T, height: T, "aria-hidden": true});
+    const image = new ImageData(T, T), color = getComputedStyle(byId("heads")).color.match(/\d+/g);
+    weights.flat().forEach((w, i) => image.data.set([...color, 255 * shade(w / 10000)], 4 * i));
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    return html("button", {"data-head": [layer, number], "aria-pressed": false,
+        title: `layer ${layer + 1}, head ${number + 1}`}, canvas);
+}
+
+function drawHeads() {
+    byId("heads-figure").hidden = !seen;
+    if (!seen) return byId("maps").replaceChildren();
+    const layers = seen.maps[0].weights;
+    byId("heads").style.setProperty("--heads", layers[0].length);
+    byId("heads").replaceChildren(...layers.flatMap((heads, layer) => heads.map((weights, number) =>
+        thumbnail(weights, layer, number))));
+    enlarge(...head);
+}
+
+function enlarge(layer, number) {
+    const layers = seen.maps[0].weights, between = (n, end) => Math.max(0, Math.min(n, end - 1));
+    head = [between(layer, layers.length), between(number, layers[0].length)];
+    for (const button of byId("heads").children) {
+        const pressed = button.dataset.head === String(head);
+        button.setAttribute("aria-pressed", pressed);
+        button.tabIndex = pressed ? 0 : -1;
+    }
+    byId("maps").replaceChildren(...seen.maps.map(map => figure(map, seen.labels)));
+}
+
 async function drawAttention() {
-    const signal = beginTurn("attention"), maps = byId("maps");
-    const text = choice("over") === "prompt" ? byId("prompt").value
-        : written.prompt + written.tokens.map(token => token.text).join("");
-    const request = {
-        checkpoint: byId("checkpoint").value, text, count: Number(byId("count").value),
-        layer: Number(choice("layer") ?? 1), head: Number(choice("head") ?? 1),
-    };
+    const signal = beginTurn("attention");
+    const both = byId("over").querySelector(":checked").value === "text" && written.tokens.length > 0;
+    const text = both ? written.prompt + written.tokens.map(token => token.text).join("")
+        : byId("prompt").value;
+    const request = {checkpoint: byId("checkpoint").value, text, count: Number(byId("count").value)};
     try {
         for await (const answer of ask("attention", request, signal)) {
-            choices("layer", byId("layers"), answer.layers, answer.layer);
-            choices("head", byId("heads"), answer.heads, answer.head);
-            show("verdict", verdict(answer));
-            maps.replaceChildren(...answer.maps.map(map => figure(map, answer.labels)));
+            seen = answer;
+            show("verdict", verdict(answer, both ? "The prompt with the text" : "The prompt alone"));
+            drawHeads();
         }
     } catch (error) {
-        if (error.name !== "AbortError") maps.replaceChildren();
+        if (error.name === "AbortError") return;
+        seen = null;
+        drawHeads();
         report("verdict", error);
     }
 }
@@ -253,17 +329,19 @@ async function drawAttention() {
 // Compare: one prompt, several checkpoints
 
 async function compareCheckpoints() {
-    const signal = beginTurn("compare"), options = samplingOptions(), earlier = [];
+    const signal = beginTurn("compare"), earlier = [];
+    const request = {options: samplingOptions(), written: [], choice: null, earlier};
     const paths = Array.from(byId("compared").querySelectorAll(":checked"), box => box.value);
     byId("cards").replaceChildren();
-    show("compare-message", paths.length ? "" : "No checkpoint is chosen.", !paths.length);
+    show("compare-message", paths.length ? `with ${describeSettings()}` : "No checkpoint is chosen.",
+        !paths.length);
     for (const checkpoint of paths) {
         if (signal.aborted) return;
         const about = html("p"), text = html("div", {class: "text"});
         byId("cards").append(html("article", {}, html("h2", {}, checkpoint), about, text));
         let number = 0;
         try {
-            for await (const answer of ask("write", {checkpoint, options, earlier}, signal)) {
+            for await (const answer of ask("write", {...request, checkpoint}, signal)) {
                 if (answer.candidates) text.append(tokenSpan(answer, number++));
                 else {
                     about.textContent = answer.about;
@@ -279,10 +357,13 @@ async function compareCheckpoints() {
     }
 }
 
-// Loss: the log of a run
+// Learning: the losses and the samples of a run
 
-const CURVES = {loss: "each batch", train_loss: "training", val_loss: "validation"};
-let log = {version: null, records: []};
+const CURVES = {loss: "batch", train_loss: "training", val_loss: "validation"};
+const NO_LOG = {version: null, records: []};
+let log = NO_LOG;
+const samples = () => log.records.filter(record => record.sample !== null);
+const moment = () => samples()[byId("moment").value];
 
 // Three to eight round numbers between `low` and `high`.
 function ticks(low, high) {
@@ -299,9 +380,10 @@ function drawLoss() {
         [key, log.records.filter(r => r[key] !== null).map(r => [r.step, r[key]])]);
     const all = points.flatMap(([, curve]) => curve);
     if (!all.length) return box.replaceChildren();
-    const range = i => all.reduce(
-        ([a, b], point) => [Math.min(a, point[i]), Math.max(b, point[i])], [Infinity, -Infinity]);
-    let [[left, right], [low, high]] = [range(0), range(1)];
+    const steps = all.map(([step]) => step).concat(samples().map(({step}) => step));
+    const range = numbers => numbers.reduce(
+        ([a, b], n) => [Math.min(a, n), Math.max(b, n)], [Infinity, -Infinity]);
+    let [[left, right], [low, high]] = [range(steps), range(all.map(([, loss]) => loss))];
     if (left === right) right = left + 1;
     if (low === high) [low, high] = [low - 0.5, high + 0.5];
     const x = step => 50 + (width - 65) * (step - left) / (right - left);
@@ -322,8 +404,13 @@ function drawLoss() {
             svg("text", {class: `axis ${key}`, x: 50 + 90 * i, y: 16}, `— ${CURVES[key]}`));
     });
     plot.append(
-        svg("text", {class: "axis", x: width - 15, y: 16, "text-anchor": "end"}, "nats per token"),
-        svg("text", {class: "axis", x: width / 2, y: height - 4, "text-anchor": "middle"}, "step"));
+        svg("text", {class: "axis", x: width / 2, y: height - 4, "text-anchor": "middle"},
+            "step (losses in nats per token)"));
+    if (moment()) {
+        const at = x(moment().step);
+        plot.append(svg("line", {class: "moment", x1: at, x2: at, y1: 40, y2: height - 40}),
+            svg("circle", {class: "moment", cx: at, cy: 40, r: 5}));
+    }
     const pointer = svg("line", {class: "pointer", y1: 40, y2: height - 40, visibility: "hidden"});
     plot.append(pointer);
     plot.addEventListener("pointermove", event => {
@@ -335,20 +422,42 @@ function drawLoss() {
     box.replaceChildren(plot);
 }
 
-function readLosses(step) {
-    const parts = Object.entries(CURVES).flatMap(([key, name]) => {
+// The losses of a step, as in "validation loss 2.048 at step 300".
+function readLosses(step, names = CURVES) {
+    const parts = Object.entries(names).flatMap(([key, name]) => {
         const record = log.records.find(r => r.step === step && r[key] !== null);
-        return record ? [`${name} ${record[key].toFixed(3)}`] : [];
+        return record ? [`${name} loss ${record[key].toFixed(3)}`] : [];
     });
-    return `step ${step.toLocaleString("en")}: ${parts.join(", ")}`;
+    return `${parts.join(", ")} at step ${step.toLocaleString("en")}`;
 }
 
-async function refreshLoss() {
-    const signal = beginTurn("loss"), run = byId("run").value;
+function drawSample() {
+    const slider = byId("moment"), all = samples();
+    const atEnd = slider.value === slider.max;  // stay there while training adds samples
+    slider.max = Math.max(0, all.length - 1);
+    if (atEnd) slider.value = slider.max;
+    byId("moments").hidden = byId("sample").hidden = !all.length;
+    const record = moment();
+    if (!record) return show("sample-about", "This run logs no samples; see train.py's sample_interval.");
+    const evaluated = log.records.findLast(r => r.val_loss !== null && r.step <= record.step);
+    const about = `Sample ${Number(slider.value) + 1} of ${all.length}, at step `
+        + `${record.step.toLocaleString("en")}, epoch ${Number(record.epoch.toPrecision(3))}`;
+    show("sample-about", about + (evaluated ? `; ${readLosses(evaluated.step, {val_loss: "validation"})}` : ""));
+    slider.setAttribute("aria-valuetext", byId("sample-about").textContent);
+    byId("sample").textContent = record.sample;
+}
+
+function drawLearning() {
+    drawSample();
+    drawLoss();
+}
+
+async function refreshLog() {
+    const signal = beginTurn("log"), run = byId("run").value;
     try {
-        for await (const answer of ask("loss", {run, version: log.version}, signal)) {
+        for await (const answer of ask("log", {run, version: log.version}, signal)) {
             log = answer;
-            drawLoss();
+            drawLearning();
             const last = log.records.at(-1);
             const losses = ["train_loss", "val_loss"].flatMap(key => {
                 const record = log.records.findLast(r => r[key] !== null);
@@ -358,10 +467,9 @@ async function refreshLoss() {
                 + `${Number(last.epoch.toPrecision(3))}${losses.join("")}` : "no losses yet");
         }
     } catch (error) {
-        if (error.name !== "AbortError") {
-            log = {version: null, records: []};
-            drawLoss();
-        }
+        if (error.name === "AbortError") return;
+        log = NO_LOG;
+        drawLearning();
         report("figures", error);
     }
 }
@@ -394,7 +502,7 @@ function offer(runs, newest) {
         byId("run").append(...Object.keys(runs).map(run => html("option", {value: run}, run)));
         byId("run").value = newest;
     }
-    if (!before) writeText({...samplingOptions(), start: byId("prompt").value || undefined});
+    if (!before) writeText({start: byId("prompt").value || null});
 }
 
 let refreshing = false;
@@ -406,12 +514,18 @@ async function refresh() {
             if (JSON.stringify(runs) !== known) offer(runs, newest);
             known = JSON.stringify(runs);
         }
-        if (!byId("loss").hidden) await refreshLoss();
+        if (!byId("learning").hidden) await refreshLog();
     } catch (error) {
         report("notice", error);
         known = "";
     }
     refreshing = false;
+}
+
+// Draw what depends on the prompt and the checkpoint.
+function redraw() {
+    if (!byId("tokens").hidden) drawTokens();
+    if (!byId("attention").hidden) drawAttention();
 }
 
 function openTab(name) {
@@ -423,20 +537,28 @@ function openTab(name) {
     }
     for (const control of document.querySelectorAll("[data-tabs]"))
         control.hidden = !control.dataset.tabs.split(" ").includes(name);
-    if (name === "attention") drawAttention();
-    if (name === "loss") refreshLoss().then(drawLoss);
+    redraw();
+    if (name === "learning") refreshLog().then(drawLearning);
 }
 
 function connect() {
     const on = (id, event, action) => byId(id).addEventListener(event, action);
-    const redraw = () => byId("attention").hidden || drawAttention();
     const over = value => { document.querySelector(`[name="over"][value="${value}"]`).checked = true; };
-    const start = () => {
+    const writeAnd = action => () => {
         over("text");
-        writeText();
+        action();
     };
+    const start = writeAnd(writeText);
     on("controls", "submit", event => event.preventDefault());
     on("write-start", "click", start);
+    on("write-next", "click", writeAnd(() => continueText(1)));
+    on("write-more", "click", writeAnd(continueText));
+    on("candidates", "click", async event => {
+        const id = event.target.closest("[data-id]")?.dataset.id;
+        if (!id) return;
+        await writeText({kept: chosen, choice: Number(id), count: 1, start: written.prompt});
+        byId("candidates").querySelector("button")?.focus();  // the one that was clicked is gone
+    });
     on("write-stop", "click", () => turns.write?.abort());
     on("compare-start", "click", compareCheckpoints);
     on("compare-stop", "click", () => turns.compare?.abort());
@@ -455,13 +577,28 @@ function connect() {
         event.preventDefault();
         start();
     });
-    on("prompt", "input", () => over("prompt"));  // the written text continues another prompt
-    on("prompt", "change", redraw);
+    on("prompt", "input", () => {
+        over("prompt");  // the written text continues another prompt
+        redraw();
+    });
     on("checkpoint", "change", redraw);
     on("attention", "change", drawAttention);
+    on("heads", "click", event => {
+        const button = event.target.closest("[data-head]");
+        if (button) enlarge(...button.dataset.head.split(",").map(Number));
+    });
+    on("heads", "keydown", event => {
+        const move = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+        if (!move[event.key]) return;
+        event.preventDefault();
+        enlarge(...head.map((n, i) => n + move[event.key][i]));
+        byId("heads").querySelector("[tabindex='0']").focus();
+    });
+    on("moment", "input", drawLearning);
     on("run", "change", () => {
-        log = {version: null, records: []};
-        refreshLoss();
+        log = NO_LOG;
+        drawLearning();
+        refreshLog();
     });
     on("tabs", "click", event => event.target.id && openTab(event.target.id.replace("tab-", "")));
     on("tabs", "keydown", event => {
@@ -472,6 +609,7 @@ function connect() {
         next.click();
     });
     window.addEventListener("resize", drawLoss);
+    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawHeads);
     openTab("write");
     refresh();
     setInterval(refresh, 1000);

@@ -2,8 +2,13 @@
 
     python -m tools.playground --out_dir=out/phase1_char --out_dir=out/phase2_bpe
 
-The page has four tabs: a text with the candidates for each token, the attention with and without
-the mask, one prompt continued by several checkpoints, and the loss of a run while it trains.
+The page has five tabs:
+
+    Write      a text; for each token its candidates, and the likeliest tokens after each layer
+    Tokens     the pieces of the prompt, their ids and their probabilities
+    Attention  the maps of all heads, with and without the mask
+    Compare    one prompt continued by several checkpoints
+    Learning   the losses and the samples of a run, also while it trains
 
 This file computes and answers requests with plain data. playground.html is the layout, and
 playground.js draws the data. It draws text, never HTML, so a prompt, a token or a file name can not
@@ -28,6 +33,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from model import GPT, candidates
 from sample import SampleConfig
@@ -38,7 +44,8 @@ from support.runtime import resolve_device
 
 MODEL_LOCK = threading.Lock()  # requests run in threads; one at a time observes or changes a model
 LARGEST_REQUEST = 1_000_000  # bytes
-ACTIONS = ("runs", "write", "attention", "loss")  # POST calls these methods of Playground
+LARGEST_MAPS = 1_000_000  # attention weights in an answer, each up to 6 bytes
+ACTIONS = ("runs", "write", "tokens", "attention", "log")  # POST calls these methods of Playground
 FILES = {"/": "html", "/playground.css": "css", "/playground.js": "javascript"}  # GET answers these
 HEADERS = {
     # The page loads nothing from other hosts, runs no inline script, and can not be framed.
@@ -146,48 +153,95 @@ def probabilities(logits: Tensor, **sampling) -> tuple[Tensor, Tensor]:
 
 
 def next_token(model: GPT, stream: Iterator[Tensor]) -> tuple[int, Tensor] | None:
-    """Return the next token id of `model.generate` and its logits, (V,); None at the end."""
-    outputs = []
-    with MODEL_LOCK:
-        hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    """Return the next token id of a stream and the logits after each layer; None at the end.
+
+    The logits are (n_layer, V): the final LayerNorm and the head read the state after each layer as
+    they read the last one. The last row holds the model's own logits. The other rows are the logit
+    lens (nostalgebraist 2020, "interpreting GPT: the logit lens", LessWrong).
+    """
+    states = []
+    with MODEL_LOCK, torch.no_grad():
+        hooks = [
+            block.register_forward_hook(lambda block, args, x: states.append(x[0, -1]))
+            for block in model.transformer.h
+        ]
         try:
             token = next(stream, None)
         finally:
-            hook.remove()
-    return None if token is None else (token.item(), outputs[-1][0][0, -1].float())
+            for hook in hooks:
+                hook.remove()
+        if token is None:
+            return None
+        x = model.transformer.ln_f(torch.stack(states))  # (n_layer, C)
+        return token.item(), model.lm_head(x)[:, : model.config.vocab_size].float()
 
 
-def write(loaded: Loaded, options: SampleConfig) -> Iterator[dict]:
-    """Yield each token of the text that sample.py prints with these options, and its candidates.
+def continue_with(
+    model: GPT, idx: Tensor, choice: int | None, count: int, **sampling
+) -> Iterator[Tensor]:
+    """Yield `choice`, unless it is None, and then `count` drawn tokens, each (1, 1)."""
+    if choice is not None:
+        model(idx[:, -model.config.block_size :])  # next_token reads the layers of this pass
+        idx = torch.cat((idx, idx.new_tensor([[choice]])), dim=1)
+        yield idx[:, -1:]
+    yield from model.generate(idx, count, **sampling)
 
-    There are ten candidates, and an eleventh if the token that was drawn is not among them.
+
+def write(
+    loaded: Loaded, options: SampleConfig, written: list[int], choice: int | None = None
+) -> Iterator[dict]:
+    """Yield each token of the text that sample.py prints with these options.
+
+    The text has got as far as the token ids `written`, and a `choice` comes next. A text written in
+    parts is the text written at once, because the random numbers of the parts before are skipped.
+
+    A token has ten candidates, and an eleventh if the one that was taken is not among them. It also
+    has the three likeliest tokens after each layer.
     """
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model, tokenizer, V = loaded.model, loaded.tokenizer, loaded.model.config.vocab_size
+    if not all(type(i) is int and 0 <= i < V for i in [*written, choice or 0]):
+        raise ValueError("a token id is outside of the vocabulary")
     device = next(model.parameters()).device
-    prompt = torch.tensor([tokenizer.encode(options.start)], device=device)  # (1, T)
+    idx = torch.tensor([tokenizer.encode(options.start) + written], device=device)  # (1, T)
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     generator = torch.Generator(device).manual_seed(options.seed)
-    stream = model.generate(prompt, options.max_new_tokens, generator=generator, **sampling)
+    weights = torch.ones(1, min(options.top_k or V, V) if options.temperature else 1, device=device)
+    for _ in range(len(written) + (choice is not None)):
+        torch.multinomial(weights, 1, generator=generator)
+    count = options.max_new_tokens
+    stream = continue_with(model, idx, choice, count, generator=generator, **sampling)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # waits for a whole character
+    decoder.decode(tokenizer.decode_bytes(written))
+
+    def label(i: int) -> str:
+        return visible(tokenizer.decode_bytes([i]))
+
     while (result := next_token(model, stream)) is not None:
-        drawn, logits = result
-        if drawn == getattr(tokenizer, "end_of_text", None):
+        taken, layers = result
+        if taken == getattr(tokenizer, "end_of_text", None):
             return
-        before, after = probabilities(logits, **sampling)
-        ids = before.topk(min(10, len(before))).indices.tolist()
+        before, after = probabilities(layers[-1], **sampling)
+        ids = before.topk(min(10, V)).indices.tolist()
         ranks = {i: rank for rank, i in enumerate(ids, start=1)}
-        ranks.setdefault(drawn, int((before > before[drawn]).sum()) + 1)
+        ranks.setdefault(taken, int((before > before[taken]).sum()) + 1)
         rows = [
             {
+                "id": i,
                 "rank": rank,
-                "label": visible(tokenizer.decode_bytes([i])),
+                "label": label(i),
                 "before": before[i].item(),
                 "after": after[i].item(),
-                "drawn": i == drawn,
+                "taken": i == taken,
             }
             for i, rank in ranks.items()
         ]
-        yield {"text": decoder.decode(tokenizer.decode_bytes([drawn])), "candidates": rows}
+        best = layers.softmax(dim=-1).topk(min(3, V))  # (n_layer, 3)
+        lens = [
+            [{"label": label(i), "p": p, "taken": i == taken} for p, i in zip(*row, strict=True)]
+            for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        text = decoder.decode(tokenizer.decode_bytes([taken]))
+        yield {"id": taken, "text": text, "candidates": rows, "lens": lens}
 
 
 def visible(token: bytes) -> str:
@@ -243,47 +297,68 @@ class Playground:
         yield {"runs": runs, "newest": newest}
 
     def write(self, fields: dict) -> Iterator[dict]:
-        """A line about the checkpoint, then each token; no token if an earlier model is equal."""
+        """A line about the checkpoint, then each token; no token if an earlier model is equal.
+
+        To go on with a text, `written` has the ids of its tokens after the prompt. `choice` is the
+        id of a candidate to put after them, or null.
+        """
         loaded = self.checkpoints.load(fields["checkpoint"])
         values = {"start": loaded.start} | fields["options"]
         if not values["start"]:
             raise UserError("the prompt is empty; a model can only continue a text")
         options = read_options(SampleConfig, [f"--{key}={value}" for key, value in values.items()])
-        about = describe(loaded, options.start)
+        about, choice = describe(loaded, options.start), fields["choice"]
         for other in fields["earlier"]:
             if same_weights(self.checkpoints.load(other).model, loaded.model):
                 yield {"about": f"{about}; the same weights as {other}, so the same text"}
                 return
         yield {"about": about, "prompt": options.start}
-        yield from write(loaded, options)
+        yield from write(loaded, options, fields["written"], choice)
+
+    def tokens(self, fields: dict) -> Iterator[dict]:
+        """The first tokens of a text, each with its probability after the tokens before it."""
+        loaded, text = self.checkpoints.load(fields["checkpoint"]), fields["text"]
+        ids = loaded.tokenizer.encode(text)
+        if not ids:
+            raise UserError("the prompt is empty; it has no tokens")
+        shown = ids[: loaded.model.config.block_size]
+        idx = torch.tensor(shown, device=next(loaded.model.parameters()).device)
+        with MODEL_LOCK, torch.no_grad():
+            logits = loaded.model(idx[None])[0][0, :-1].float()  # (T - 1, V)
+        losses = cross_entropy(logits, idx[1:], reduction="none").tolist()
+        tokens = [
+            {"id": i, "label": visible(loaded.tokenizer.decode_bytes([i])), "p": p}
+            for i, p in zip(shown, [None, *(math.exp(-x) for x in losses)], strict=True)
+        ]
+        loss = sum(losses) / len(losses) if losses else None
+        yield {"tokens": tokens, "loss": loss, "count": len(ids), "characters": len(text)}
 
     def attention(self, fields: dict) -> Iterator[dict]:
-        """The maps of one head, with and without the mask, over the first tokens of a text."""
+        """The maps of all heads, with and without the mask, over the first tokens of a text."""
         loaded, text = self.checkpoints.load(fields["checkpoint"]), fields["text"]
         config, ids = loaded.model.config, loaded.tokenizer.encode(text)
-        shown = ids[: min(fields["count"], config.block_size)]
+        limit = math.isqrt(LARGEST_MAPS // (2 * config.n_layer * config.n_head))
+        shown = ids[: min(fields["count"], config.block_size, limit)]
         if len(shown) < 2:
             length = f"{len(ids)} token{'s' * (len(ids) != 1)}"
             raise UserError(f"{text!r} has {length}; attention needs at least 2")
-        layer, head = min(fields["layer"], config.n_layer), min(fields["head"], config.n_head)
         idx = torch.tensor([shown], device=next(loaded.model.parameters()).device)
         maps = []
         for masked in (True, False):
             layers, loss = attention_weights(loaded.model, idx, masked)
-            rows = [[round(p, 4) for p in row] for row in layers[layer - 1][head - 1].tolist()]
-            maps.append({"masked": masked, "loss": loss, "weights": rows})
+            weights = (torch.stack(layers) * 10_000).round().int().tolist()  # 3412: 34.12%
+            maps.append({"masked": masked, "loss": loss, "weights": weights})
         labels = [visible(loaded.tokenizer.decode_bytes([i])) for i in shown]
-        shape = {"layers": config.n_layer, "heads": config.n_head, "layer": layer, "head": head}
-        yield {"maps": maps, "labels": labels, "tokens": len(ids), **shape}
+        yield {"maps": maps, "labels": labels, "count": len(ids)}
 
-    def loss(self, fields: dict) -> Iterator[dict]:
+    def log(self, fields: dict) -> Iterator[dict]:
         """The records in the log of a run; nothing if the page has this version of the log."""
         run = fields["run"]
         if run not in self.checkpoints.runs:
             raise UserError(f"{run}: not a run of this page")
         version = file_version(Path(run, "log.jsonl"))
         if version is None or version != fields["version"]:
-            keys = ("step", "epoch", "loss", "train_loss", "val_loss")
+            keys = ("step", "epoch", "loss", "train_loss", "val_loss", "sample")
             records = read_log(Path(run, "log.jsonl"))
             yield {"version": version, "records": [{k: r.get(k) for k in keys} for r in records]}
 

@@ -55,19 +55,23 @@ def page(tiny_run, trained) -> Playground:
     return Playground(Checkpoints(["out/tiny"]))
 
 
-def ask_to_write(page: Playground, checkpoint=CHECKPOINT, earlier=(), **options) -> list[dict]:
+def to_write(checkpoint=CHECKPOINT, earlier=(), written=(), choice=None, **options) -> dict:
+    """Return the fields of a request to write."""
     fields = {"checkpoint": checkpoint, "options": OPTIONS | options, "earlier": list(earlier)}
-    return list(page.answer("write", fields))
+    return fields | {"written": list(written), "choice": choice}
 
 
-def ask_for_attention(page: Playground, text: str, checkpoint=CHECKPOINT, **changed) -> dict:
-    fields = {"checkpoint": checkpoint, "text": text, "count": 24, "layer": 1, "head": 1}
-    (answer,) = page.answer("attention", fields | changed)
+def ask_to_write(page: Playground, *args, **changed) -> list[dict]:
+    return list(page.answer("write", to_write(*args, **changed)))
+
+
+def ask_for_attention(page: Playground, text: str, checkpoint=CHECKPOINT, count=24) -> dict:
+    (answer,) = page.answer("attention", {"checkpoint": checkpoint, "text": text, "count": count})
     return answer
 
 
-def drawn(token: dict) -> dict:
-    (candidate,) = [c for c in token["candidates"] if c["drawn"]]
+def taken(token: dict) -> dict:
+    (candidate,) = [c for c in token["candidates"] if c["taken"]]
     return candidate
 
 
@@ -133,13 +137,13 @@ def test_each_token_has_the_ten_most_likely_candidates_with_their_probabilities(
             playground.visible(loaded.tokenizer.decode_bytes([n])) for n in best
         ]
         assert [c["rank"] for c in ten] == list(range(1, 11))
-        assert drawn(token)["label"] == playground.visible(token["text"].encode())
-        assert drawn(token)["rank"] == before.argsort(descending=True).tolist().index(ids[i]) + 1
+        assert taken(token)["label"] == playground.visible(token["text"].encode())
+        assert taken(token)["rank"] == before.argsort(descending=True).tolist().index(ids[i]) + 1
         for c, n in zip(ten, best, strict=True):
             assert math.isclose(c["before"], before[n], rel_tol=1e-3)
             assert math.isclose(c["after"], after[n], rel_tol=1e-3)
     beyond = [token for token in written if len(token["candidates"]) == 11]
-    assert beyond and all(token["candidates"][10]["drawn"] for token in beyond)
+    assert beyond and all(token["candidates"][10]["taken"] for token in beyond)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +162,103 @@ def test_labels_show_characters_that_are_invisible(token, shown):
 
 def test_a_character_in_two_tokens_is_shown_when_it_is_complete(monkeypatch):
     pieces = [b"\xc3", b"\xa9", b"!"]
-    tokenizer = SimpleNamespace(encode=lambda text: [0], decode_bytes=lambda ids: pieces[ids[0]])
+
+    def decode(ids: list[int]) -> bytes:
+        return b"".join(pieces[i] for i in ids)
+
+    tokenizer = SimpleNamespace(encode=lambda text: [0], decode_bytes=decode)
     config = model_file.GPTConfig(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4)
     model = model_file.GPT(config).eval()
     stream = ((model(torch.tensor([[0]])), torch.tensor([[i]]))[1] for i in range(3))
     monkeypatch.setattr(model, "generate", lambda *_, **__: stream)
     loaded = playground.Loaded(Path("x"), model, tokenizer, 0, "")
-    written = playground.write(loaded, SampleConfig(start="a"))
+    written = playground.write(loaded, SampleConfig(start="a"), [])
     assert [token["text"] for token in written] == ["", "é", "!"]
+    (token,) = playground.write(loaded, SampleConfig(start="a", max_new_tokens=1), [0], choice=1)
+    assert token["text"] == "é"
+
+
+def test_the_lens_reads_the_state_after_each_layer_as_the_head_reads_the_last_one(page):
+    _, *written = ask_to_write(page, max_new_tokens=30)
+    loaded = page.checkpoints.load(CHECKPOINT)
+    model, ids = loaded.model, loaded.tokenizer.encode(text_of(written))
+    for i, token in enumerate(written, start=len("3 times")):
+        context = torch.tensor(ids[max(0, i - 16) : i])
+        assert len(token["lens"]) == 2
+        with torch.no_grad():
+            x = model.transformer.wte(context) + model.transformer.wpe.weight[: len(context)]
+            x = x[None]
+            for block, row in zip(model.transformer.h, token["lens"], strict=True):
+                x = block(x)
+                p = model.lm_head(model.transformer.ln_f(x[0, -1])).softmax(-1)
+                best = p.topk(3)
+                labels = [playground.visible(loaded.tokenizer.decode_bytes([n])) for n in best[1]]
+                assert [c["label"] for c in row] == labels
+                torch.testing.assert_close(torch.tensor([c["p"] for c in row]), best[0])
+        three = [(c["label"], c["before"], c["taken"]) for c in token["candidates"][:3]]
+        assert [(c["label"], c["p"], c["taken"]) for c in token["lens"][-1]] == three
+    assert any(token["lens"][0] != token["lens"][1] for token in written)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0}])
+def test_a_text_written_in_parts_is_the_text_written_at_once(page, options):
+    _, *whole = ask_to_write(page, max_new_tokens=24, **options)
+    parts = []
+    for count in (1, 1, 1, 9, 1, 11):
+        ids = [token["id"] for token in parts]
+        parts += ask_to_write(page, written=ids, max_new_tokens=count, **options)[1:]
+    assert [token["id"] for token in parts] == [token["id"] for token in whole]
+    for a, b in zip(parts, whole, strict=True):
+        assert [c["label"] for c in a["candidates"]] == [c["label"] for c in b["candidates"]]
+        for c, d in zip(a["candidates"], b["candidates"], strict=True):
+            assert math.isclose(c["before"], d["before"], rel_tol=1e-4)
+
+
+def test_a_choice_is_put_into_the_text_and_the_model_goes_on_from_it(page):
+    _, *written = ask_to_write(page, max_new_tokens=20)
+    ids = [token["id"] for token in written]
+    other = next(c for c in written[6]["candidates"] if not c["taken"])
+    _, *new = ask_to_write(page, written=ids[:6], choice=other["id"], max_new_tokens=2)
+    assert len(new) == 3 and new[0]["text"] == other["label"].replace("␣", " ").replace("↵", "\n")
+    assert taken(new[0]) == {**taken(new[0]), "id": other["id"], "rank": other["rank"]}
+    loaded = page.checkpoints.load(CHECKPOINT)
+    context = loaded.tokenizer.encode("3 times") + ids[:6] + [other["id"], new[1]["id"]]
+    for token, end in zip(new[1:], (14, 15), strict=True):
+        with torch.no_grad():
+            p = loaded.model(torch.tensor([context[:end]]))[0][0, -1].softmax(-1)
+        for c in token["candidates"]:
+            assert math.isclose(c["before"], p[c["id"]], rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("changed", [{"written": [99]}, {"written": [1.5]}, {"choice": -1}])
+def test_token_ids_that_the_vocabulary_does_not_have_are_refused(page, changed):
+    assert "the request does not have" in ask_to_write(page, **changed)[-1]["error"]
+
+
+# Tokens
+
+
+def test_the_tokens_of_a_prompt_have_the_probabilities_that_transformers_gives_them(page):
+    loaded, text = page.checkpoints.load(CHECKPOINT), "3 times 4 is 12.\n3"
+    (answer,) = page.answer("tokens", {"checkpoint": CHECKPOINT, "text": text})
+    ids = loaded.tokenizer.encode(text)[:16]
+    assert [token["id"] for token in answer["tokens"]] == ids
+    assert "".join(token["label"] for token in answer["tokens"]) == "3␣times␣4␣is␣12."
+    assert answer["tokens"][0]["p"] is None
+    with torch.no_grad():
+        logits = reference(loaded.model)(torch.tensor([ids])).logits[0]
+    for i, token in enumerate(answer["tokens"][1:]):
+        assert math.isclose(token["p"], logits[i].softmax(-1)[ids[i + 1]], rel_tol=1e-4)
+    loss = F.cross_entropy(logits[:-1], torch.tensor(ids[1:]))
+    assert math.isclose(answer["loss"], loss, rel_tol=1e-4)
+    assert (answer["count"], answer["characters"]) == (18, 18)
+
+
+def test_a_prompt_of_one_token_has_no_probability_and_an_empty_one_no_tokens(page):
+    (answer,) = page.answer("tokens", {"checkpoint": CHECKPOINT, "text": "3"})
+    assert [token["p"] for token in answer["tokens"]] == [None] and answer["loss"] is None
+    (answer,) = page.answer("tokens", {"checkpoint": CHECKPOINT, "text": ""})
+    assert "the prompt is empty" in answer["error"]
 
 
 # Attention
@@ -232,17 +325,23 @@ def test_only_a_model_trained_without_the_mask_has_an_impossibly_good_loss(
         assert (unmasked < masked / 2) == sees_future  # the limit that playground.js uses
 
 
-def test_the_maps_are_those_of_the_layer_and_head_that_were_chosen(page):
-    answer = ask_for_attention(page, "3 times", layer=2, head=2)
+def test_the_maps_are_those_of_all_layers_and_heads(page):
+    answer = ask_for_attention(page, "3 times")
     loaded = page.checkpoints.load(CHECKPOINT)
     x = torch.tensor([loaded.tokenizer.encode("3 times")])
     for map_, masked in zip(answer["maps"], (True, False), strict=True):
-        expected = playground.attention_weights(loaded.model, x, masked)[0][1][1]
-        torch.testing.assert_close(torch.tensor(map_["weights"]), expected, rtol=0, atol=6e-5)
-    assert "".join(answer["labels"]) == "3␣times" and answer["tokens"] == 7
-    assert (answer["layers"], answer["heads"], answer["layer"], answer["head"]) == (2, 2, 2, 2)
-    assert ask_for_attention(page, "3 times", layer=9, head=9)["layer"] == 2
+        expected = torch.stack(playground.attention_weights(loaded.model, x, masked)[0])
+        weights = torch.tensor(map_["weights"]) / 10_000
+        assert weights.shape == (2, 2, 7, 7)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=6e-5)
+    assert "".join(answer["labels"]) == "3␣times" and answer["count"] == 7
+
+
+def test_the_maps_of_many_heads_show_fewer_tokens(page, monkeypatch):
     assert len(ask_for_attention(page, "3 times", count=4)["labels"]) == 4
+    monkeypatch.setattr(playground, "LARGEST_MAPS", 2 * 2 * 2 * 5 * 5 + 1)
+    answer = ask_for_attention(page, "3 times")
+    assert len(answer["labels"]) == 5 and answer["count"] == 7
 
 
 # Mistakes
@@ -275,7 +374,7 @@ def test_mistakes_are_sentences_beside_the_maps_too(page, text, words):
 
 
 @pytest.mark.parametrize("fields", [None, [], {}, {"checkpoint": CHECKPOINT, "text": 3}])
-@pytest.mark.parametrize("action", ["write", "attention", "loss"])
+@pytest.mark.parametrize("action", ["write", "tokens", "attention", "log"])
 def test_a_request_without_the_right_fields_gets_a_sentence(page, action, fields):
     assert [list(answer) for answer in page.answer(action, fields)] == [["error"]]
 
@@ -286,7 +385,7 @@ def test_a_request_without_the_right_fields_gets_a_sentence(page, action, fields
 def test_only_checkpoints_of_the_runs_are_read(page, path):
     shutil.copytree("out/tiny", "out/other")
     assert "choose a checkpoint of a run" in ask_to_write(page, path)[0]["error"]
-    (answer,) = page.answer("loss", {"run": path, "version": None})
+    (answer,) = page.answer("log", {"run": path, "version": None})
     assert "not a run of this page" in answer["error"]
 
 
@@ -319,9 +418,9 @@ def test_the_newest_run_is_the_one_whose_log_changed_last(page):
 
 
 def test_the_first_prompt_is_the_one_of_the_run(page):
-    options = {key: value for key, value in OPTIONS.items() if key != "start"}
-    fields = {"checkpoint": CHECKPOINT, "options": options, "earlier": []}
-    assert next(page.answer("write", fields))["prompt"] == page.checkpoints.load(CHECKPOINT).start
+    fields, start = to_write(), page.checkpoints.load(CHECKPOINT).start
+    del fields["options"]["start"]
+    assert next(page.answer("write", fields))["prompt"] == start
 
 
 def test_a_checkpoint_is_read_once_and_again_when_training_replaced_it(page, tiny_run, monkeypatch):
@@ -346,25 +445,34 @@ def test_a_second_model_with_the_same_weights_writes_no_text(page):
 
 
 def test_the_losses_are_those_of_the_log_and_a_half_written_line_does_not_matter(page):
-    (answer,) = page.answer("loss", {"run": "out/tiny", "version": None})
+    (answer,) = page.answer("log", {"run": "out/tiny", "version": None})
     assert sum(r["loss"] is not None for r in answer["records"]) == 12
     assert sum(r["val_loss"] is not None for r in answer["records"]) == 3
     version = {"run": "out/tiny", "version": answer["version"]}
-    assert list(page.answer("loss", version)) == []
+    assert list(page.answer("log", version)) == []
     with open("out/tiny/log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"step": 13, "epoch": 1.5, "loss": 1.25}\n{"step": 14, "lo')
-    (longer,) = page.answer("loss", version)
+    (longer,) = page.answer("log", version)
     assert len(longer["records"]) == len(answer["records"]) + 1
-    assert longer["records"][-1] | {"train_loss": 0} == {
-        "step": 13,
-        "epoch": 1.5,
-        "loss": 1.25,
-        "train_loss": 0,
-        "val_loss": None,
-    }
+    nothing = dict.fromkeys(("train_loss", "val_loss", "sample"))
+    assert longer["records"][-1] == {"step": 13, "epoch": 1.5, "loss": 1.25, **nothing}
     shutil.rmtree("out/tiny")
-    (answer,) = page.answer("loss", version)
+    (answer,) = page.answer("log", version)
     assert "log.jsonl" in answer["error"]
+
+
+def test_samples_are_answered_with_the_log_also_without_losses(page, monkeypatch):
+    records = [
+        {"step": 6, "epoch": 1, "seconds": 1, "train_loss": 3.0, "val_loss": 3.1, "sample": "a"},
+        {"step": 8, "epoch": 1.5, "seconds": 2, "sample": "b"},
+    ]
+    monkeypatch.setattr(playground, "read_log", lambda path: records)
+    (answer,) = page.answer("log", {"run": "out/tiny", "version": None})
+    assert [(r["step"], r["val_loss"], r["sample"]) for r in answer["records"]] == [
+        (6, 3.1, "a"),
+        (8, None, "b"),
+    ]
+    assert "validation loss 3.100 at step 6" in ask_to_write(page)[0]["about"]
 
 
 # The server
@@ -403,8 +511,7 @@ def test_the_page_and_its_requests_are_answered(page):
             status, headers, body = send(port, "GET", path)
             assert status == 200 and words in body
             assert "default-src 'self'" in headers["Content-Security-Policy"]
-        fields = {"checkpoint": CHECKPOINT, "options": OPTIONS, "earlier": []}
-        status, headers, body = send(port, "POST", "/write", json.dumps(fields).encode())
+        status, headers, body = send(port, "POST", "/write", json.dumps(to_write()).encode())
         assert status == 200 and len(body.splitlines()) == 41
         assert "Access-Control-Allow-Origin" not in headers
 
@@ -484,7 +591,7 @@ def test_a_large_request_is_refused_before_it_is_read(page):
 def test_a_text_ends_when_the_page_closes_the_connection(page, capsys, monkeypatch):
     ended = threading.Event()
 
-    def endless(loaded, options):
+    def endless(*_):
         try:
             while True:
                 yield {"text": "a" * 1000}
@@ -492,10 +599,9 @@ def test_a_text_ends_when_the_page_closes_the_connection(page, capsys, monkeypat
             ended.set()
 
     monkeypatch.setattr(playground, "write", endless)
-    fields = {"checkpoint": CHECKPOINT, "options": OPTIONS, "earlier": []}
     with served(page) as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        connection.request("POST", "/write", json.dumps(fields).encode())
+        connection.request("POST", "/write", json.dumps(to_write()).encode())
         response = connection.getresponse()
         assert response.read(10_000)
         response.close()

@@ -1,12 +1,15 @@
-"""The playground in a real browser: `python -m pytest -m browser`. It needs Chromium or Chrome.
+"""The playground in a real browser: `python -m pytest -m browser`. It needs Chromium or Chrome, and
 
-This draws docs/pictures/playground_*.png from out/phase1_char and out/phase2_bpe:
+    npm install --no-save --prefix . axe-core@4
+
+This draws docs/pictures/playground_*.png from out/phase1_char:
 
     PYTHONPATH=. python tests/tools/test_playground_browser.py
 """
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -23,6 +26,7 @@ import pytest
 import prepare_shakespeare
 
 ROOT = Path(prepare_shakespeare.__file__).parent
+AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"  # finds what makes a page hard to use
 pytestmark = pytest.mark.browser
 
 # Python runs a file of this name when it starts. It records the hosts that the server contacts.
@@ -128,6 +132,15 @@ def start_text(page, **options) -> None:
     page.locator("#write-start").click()
 
 
+def check_accessibility(page, name: str) -> None:
+    """Fail if axe-core finds anything serious in the page as it is now. Print the rest."""
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    for problem in page.evaluate("axe.run()")["violations"]:
+        targets = [" ".join(node["target"]) for node in problem["nodes"]]
+        print(f"axe: {name}: {problem['impact']}: {problem['help']}: {targets}")
+        assert problem["impact"] not in ("serious", "critical"), targets
+
+
 def is_visible(page, selector: str) -> bool:
     """Return whether an element is inside the visible part of #text."""
     return page.locator(selector).evaluate("""element => {
@@ -138,29 +151,34 @@ def is_visible(page, selector: str) -> bool:
 
 
 def try_write(page, expect) -> None:
-    token, about = page.locator("#text .token"), page.locator("#about")
-    candidates = page.locator("#candidates")
+    token, about, chosen = (
+        page.locator("#text .token"),
+        page.locator("#about"),
+        page.locator("#choice"),
+    )
+    candidates = page.locator("#candidates tr")
     expect(token).to_have_count(300)
-    expect(candidates).to_contain_text("Token 1, ")
+    expect(chosen).to_contain_text("Token 1 is ")
     expect(about).to_contain_text("step 12, validation loss 2.")
     token.nth(6).click()
-    expect(candidates).to_contain_text("Token 7, ")
-    assert candidates.locator("tbody tr").count() in (10, 11)
-    assert candidates.locator("tr.drawn").count() == 1
+    expect(chosen).to_contain_text("Token 7 is ")
+    assert candidates.count() in (10, 11) and page.locator("#candidates .taken").count() == 1
     shades = "all => new Set(all.map(token => getComputedStyle(token).backgroundColor)).size"
     assert token.evaluate_all(shades) > 3
     expect(about).not_to_have_class("alert")
+    layers = page.locator("#lens tr")
+    best = [(f"{label} {before}") for _, label, before, _ in cells(candidates)[:3]]
+    assert layers.count() == 2 and cells(layers)[-1] == ["2", *best]
 
     page.evaluate(FIRST_TOKEN)
     start_text(page)  # while the page shows 300 tokens
     first = page.wait_for_function("() => window.firstToken").json_value() / 1000
     print(f"first token {first:.3f} s after the click")
-    assert first < 1
     start_text(page, temperature=0, max_new_tokens=30)  # the other text may still be growing
     expect(token).to_have_count(30)
     token.nth(3).click()
-    expect(candidates).to_contain_text("with temperature 0.")
-    expect(candidates.locator("tr.drawn")).to_contain_text("100.0%")
+    expect(page.locator("#settings")).to_have_text("temperature 0")
+    expect(page.locator("#candidates .taken")).to_contain_text("100.0%")
 
     prompt = page.locator("#prompt")
     for mistake, words in (("", "the prompt is empty"), ("Zeus", "character 'Z' at position 0")):
@@ -169,6 +187,7 @@ def try_write(page, expect) -> None:
         expect(about).to_contain_text(words)
         expect(about).to_have_class("message alert")
         expect(token).to_have_count(0)
+        expect(page.locator("#candidates")).to_be_hidden()
     prompt.fill("3 times 4 is 12.\n" * 10)
     start_text(page, max_new_tokens=20)
     expect(about).to_contain_text("the prompt has 170 tokens and this model sees the last 128")
@@ -177,36 +196,103 @@ def try_write(page, expect) -> None:
     expect(about).not_to_contain_text("prompt")
     expect(token).to_have_count(20)
     expect(page.locator("#text .prompt")).to_have_text("3 times 4")
+    try_next_token(page, expect)
+
+
+def cells(rows) -> list[list[str]]:
+    """Return the text of each cell of some rows of a table."""
+    return [
+        [" ".join(t.split()) for t in row.locator("td, th").all_inner_texts()] for row in rows.all()
+    ]
+
+
+def try_next_token(page, expect) -> None:
+    """Choose candidates one by one, then go on with the text."""
+    token, chosen = page.locator("#text .token"), page.locator("#choice")
+    text = page.locator("#text").text_content()
+    page.locator("#write-next").click()
+    expect(token).to_have_count(21)
+    expect(chosen).to_contain_text("Token 21 is ")
+    assert page.locator("#text").text_content().startswith(text)
+    token.nth(4).click()
+    other = page.locator("#candidates tr:not(.taken) button").nth(1)
+    label = other.inner_text()
+    other.click()
+    expect(token).to_have_count(6)  # the four before, the candidate, and the token after it
+    expect(chosen).to_contain_text("Token 6 is ")
+    shown = {" ": "␣", "\n": "↵", "↵\n": "↵"}
+    assert shown.get(text := token.nth(4).text_content(), text) == label
+    assert token.nth(5).evaluate("token => token.classList.contains('chosen')")
+    expect(page.locator("#candidates button").first).to_be_focused()
+    page.keyboard.press("Enter")  # the keyboard goes on choosing the likeliest
+    expect(token).to_have_count(7)
+    expect(page.locator("#candidates button").first).to_be_focused()
+    page.locator("#write-more").click()
+    expect(token).to_have_count(27)
+    page.locator("#prompt").fill("3 times")  # another prompt begins another text
+    page.locator("#write-next").click()
+    expect(token).to_have_count(1)
+    page.locator("#prompt").fill("3 times 4")
+    start_text(page)
+    expect(token).to_have_count(20)
+
+
+def try_tokens(page, expect) -> None:
+    """Each token of the prompt has its id and its probability, while the prompt is typed."""
+    pieces, message = page.locator("#pieces li"), page.locator("#tokens-message")
+    expect(message).to_contain_text("9 characters, 9 tokens. Loss: ")
+    assert pieces.first.inner_text().split()[0] == "3" and "first" in pieces.first.inner_text()
+    assert (
+        pieces.nth(1).inner_text().split()[:2] == ["␣", "id"] and "%" in pieces.nth(1).inner_text()
+    )
+    page.locator("#prompt").press_sequentially(" ")
+    expect(pieces).to_have_count(10)
+    page.locator("#prompt").fill("3" * 200)
+    expect(message).to_contain_text("200 characters, 200 tokens; these are the first 128.")
+    page.locator("#prompt").fill("")
+    expect(message).to_contain_text("the prompt is empty")
+    expect(pieces).to_have_count(0)
+    page.locator("#prompt").fill("3 times 4")
+    expect(pieces).to_have_count(9)
 
 
 def try_attention(page, expect) -> None:
     maps, verdict = page.locator("#maps svg"), page.locator("#verdict")
-    expect(verdict).to_contain_text("The text has 29 tokens; the maps show the first 24.")
-    cells = [
+    expect(verdict).to_contain_text("The prompt alone has 9 tokens.")  # it was edited
+    page.locator("#over").get_by_label("prompt and text").check()
+    expect(verdict).to_contain_text(
+        "The prompt with the text has 29 tokens; the maps show the first 24."
+    )
+    expect(maps.first.locator("rect")).to_have_count(24 * 25 // 2)
+    assert [
         [svg.locator(f"rect.{name}").count() for name in ("past", "future")] for svg in maps.all()
-    ]
-    assert cells == [[24 * 25 / 2, 0], [24 * 25 / 2, 24 * 23 / 2]]
-    judge = "loss => verdict({maps: [{loss: 2}, {loss}], labels: [], tokens: 2})"
+    ] == [[24 * 25 / 2, 0], [24 * 25 / 2, 24 * 23 / 2]]
+    judge = "loss => verdict({maps: [{loss: 2}, {loss}], labels: [], count: 2}, 'It')"
     assert "was trained without the mask: it copies" in page.evaluate(judge, 0.9)
     assert "impossibly good" not in page.evaluate(judge, 1.1)
-    choose_head(page, 4)
-    page.locator("#over").get_by_label("prompt").check()
-    expect(verdict).to_contain_text("The text has 9 tokens.")
-    page.locator("#over").get_by_label("written text").check()
-    expect(verdict).to_contain_text("The text has 29 tokens")
+
+    heads, title = page.locator("#heads button"), page.locator("#maps b").first
+    assert heads.count() == 8
+    pixels = "canvas => canvas.toDataURL()"
+    assert len({canvas.evaluate(pixels) for canvas in heads.locator("canvas").all()}) == 8
+    for layer, head in ((1, 4), (2, 3)):
+        before = maps.first.inner_html()
+        page.get_by_role("button", name=f"layer {layer}, head {head}").click()
+        expect(title).to_have_text(f"Layer {layer}, head {head}, with the mask")
+        assert maps.first.inner_html() != before
+    for key in ("ArrowLeft", "ArrowUp", "ArrowUp"):
+        page.keyboard.press(key)
+    expect(title).to_have_text("Layer 1, head 2, with the mask")
+    expect(page.get_by_role("button", name="layer 1, head 2")).to_be_focused()
+    page.locator("#over").get_by_label("prompt", exact=True).check()
+    expect(verdict).to_contain_text("The prompt alone has 9 tokens.")
+    page.locator("#over").get_by_label("prompt and text").check()
     page.locator("#prompt").fill("3 times")  # the written text continues another prompt
-    page.locator("#prompt").blur()
-    expect(verdict).to_contain_text("The text has 7 tokens.")
-    assert page.locator("#over").get_by_label("prompt").is_checked()
+    expect(verdict).to_contain_text("The prompt alone has 7 tokens.")
+    assert page.locator("#over").get_by_label("prompt", exact=True).is_checked()
+    expect(title).to_have_text("Layer 1, head 2, with the mask")
     page.locator("#prompt").fill("3 times 4")
-
-
-def choose_head(page, head: int) -> None:
-    before = page.locator("#maps svg").first.inner_html()
-    page.locator("#heads").get_by_label(str(head)).check()
-    page.wait_for_function(
-        "before => document.querySelector('#maps svg').innerHTML != before", arg=before
-    )
+    expect(verdict).to_contain_text("The prompt alone has 9 tokens.")
 
 
 def try_compare(page, expect) -> None:
@@ -215,6 +301,7 @@ def try_compare(page, expect) -> None:
     assert [box.is_checked() for box in boxes.all()] == [True, False, True, False]
     assert page.locator("#temperature").is_visible()  # the settings that Compare uses
     page.locator("#compare-start").click()
+    expect(page.locator("#compare-message")).to_have_text("with temperature 0")
     expect(cards).to_have_count(2)
     expect(cards.nth(1).locator(".token")).to_have_count(20)
     expect(cards.nth(1)).to_contain_text("step 12, validation loss 2.")
@@ -227,32 +314,60 @@ def try_compare(page, expect) -> None:
     boxes.nth(1).uncheck()
 
 
-def try_loss(page, expect) -> None:
-    """The curve follows the log of a run that trains, also when its last line is half written."""
+def try_learning(page, expect) -> None:
+    """The curve and the samples follow the log of a run that trains, also a half written line."""
     page.locator("#run").select_option("out/one")
     figures, log = page.locator("#figures"), Path("out/one/log.jsonl")
+    slider, about = page.locator("#moment"), page.locator("#sample-about")
     expect(page.locator("#curve polyline")).to_have_count(3)
     box = page.locator("#curve svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] - 9, box["y"] + 100)
-    expect(page.locator("#reading")).to_contain_text("each batch ")
+    expect(page.locator("#reading")).to_contain_text("batch loss ")
+    samples = sum('"sample"' in line for line in log.read_text(encoding="utf-8").splitlines())
+    last = f"Sample {samples} of {samples}, at step "
+    expect(about).to_contain_text(last)
+    at_end = page.locator("circle.moment").get_attribute("cx")
+    slider.focus()
+    page.keyboard.press("Home")
+    expect(about).to_contain_text(f"Sample 1 of {samples}, at step 6, epoch")
+    expect(about).to_contain_text(re.compile(r"; validation loss 2\.\d{3} at step 6$"))
+    expect(page.locator("#sample")).to_contain_text("3 times")
+    assert page.locator("circle.moment").get_attribute("cx") != at_end
+    assert slider.get_attribute("aria-valuetext") == about.text_content()
+    page.keyboard.press("End")
+    expect(about).to_contain_text(last)
+
     step = 1000 + log.stat().st_size
     line = json.dumps({"step": step + 1, "epoch": 3, "loss": 1.23456})
+    evaluation = {
+        "step": step,
+        "epoch": 3,
+        "train_loss": 1.5,
+        "val_loss": 2.0478,
+        "sample": "4 times",
+    }
     for words, seen in (
-        (f'{{"step": {step}, "epoch": 3, "loss": 1.25}}\n{line[:9]}', step),
+        (f"{json.dumps(evaluation)}\n{line[:9]}", step),
         (f"{line[9:]}\n", step + 1),
     ):
         with open(log, "a", encoding="utf-8") as file:
             file.write(words)
         expect(figures).to_contain_text(f"step {seen:,}, epoch 3")
+        expect(figures).to_contain_text("validation loss 2.048")
+    expect(about).to_contain_text(f"Sample {samples + 1} of {samples + 1}, at step {step:,}")
+    expect(page.locator("#sample")).to_have_text("4 times")
+    assert "validation loss 2.048 at step" in page.evaluate("step => readLosses(step)", step)
     page.mouse.move(box["x"] + box["width"] - 8, box["y"] + 100)
-    expect(page.locator("#reading")).to_have_text(f"step {step + 1:,}: each batch 1.235")
+    expect(page.locator("#reading")).to_have_text(f"batch loss 1.235 at step {step + 1:,}")
 
 
 @pytest.fixture
 def runs(tiny_run) -> list[str]:
     """Return a run with the model of phase 1, and a smaller one that was trained last."""
     phase1 = dict(n_layer=2, n_head=4, n_embd=128, block_size=128, batch_size=4)
-    return [str(tiny_run(out_dir="out/one", **phase1)), str(tiny_run(out_dir="out/two", seed=2))]
+    samples = dict(sample_interval=6, sample_start="3 times", sample_tokens=40)
+    one = tiny_run(out_dir="out/one", **phase1, **samples)
+    return [str(one), str(tiny_run(out_dir="out/two", seed=2))]
 
 
 def test_every_tab_works_wide_and_narrow_light_and_dark(runs, tmp_path):
@@ -260,8 +375,10 @@ def test_every_tab_works_wide_and_narrow_light_and_dark(runs, tmp_path):
 
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
     path = os.pathsep.join((str(tmp_path), str(ROOT)))
-    tabs = {"Write": try_write, "Attention": try_attention}
-    tabs |= {"Compare": try_compare, "Loss": try_loss}
+    assert AXE.exists(), "axe-core is missing: npm install --no-save --prefix . axe-core@4"
+    tabs = {"Write": try_write, "Tokens": try_tokens, "Attention": try_attention}
+    tabs |= {"Compare": try_compare, "Learning": try_learning}
+    other = {"light": "dark", "dark": "light"}
     with served(runs, {"PYTHONPATH": path}) as url, chromium() as browser:
         for width, scheme in ((1280, "light"), (390, "dark")):
             with opened(browser, url, width, scheme=scheme) as page:
@@ -270,6 +387,12 @@ def test_every_tab_works_wide_and_narrow_light_and_dark(runs, tmp_path):
                     try_tab(page, expect)
                     scrolled = page.evaluate("document.documentElement.scrollWidth")
                     assert scrolled <= width, f"{name} scrolls sideways"
+                    for colors in (scheme, other[scheme]):
+                        page.emulate_media(color_scheme=colors)
+                        check_accessibility(page, f"{name}, {width} pixels, {colors}")
+                        if folder := os.environ.get("SCREENSHOTS"):
+                            picture = f"{folder}/{name}_{width}_{colors}.png"
+                            page.screenshot(path=picture, full_page=True)
     hosts = (tmp_path / "hosts.txt").read_text(encoding="utf-8").split()
     # urllib3 binds ::1 once, to find out whether this machine has IPv6.
     assert {"127.0.0.1"} <= set(hosts) <= {"127.0.0.1", "::1"}
@@ -287,7 +410,7 @@ def test_a_chosen_token_stays_visible_and_agrees_with_the_table(runs):
             for _ in range(count):
                 page.keyboard.press(key)
                 chosen = int(page.locator("#text .chosen").get_attribute("data-token"))
-                assert f"Token {chosen + 1}, " in page.locator("#candidates").inner_text()
+                assert page.locator("#choice").inner_text().startswith(f"Token {chosen + 1} is ")
                 assert is_visible(page, "#text .chosen")
         assert chosen == 50
         start_text(page, max_new_tokens=500)  # a choice in a growing text is not scrolled away
@@ -305,7 +428,7 @@ def test_hostile_text_is_shown_as_text(tiny_run, tmp_path):
     config = prepare_shakespeare.PrepareConfig(input="hostile.txt", dataset="hostile")
     prepare_shakespeare.main(config)
     run = "out/<img src=x onerror=hacked=6>'&quot;"
-    tiny_run(dataset="hostile", out_dir=run)
+    tiny_run(dataset="hostile", out_dir=run, sample_interval=6, sample_start=HOSTILE)
     with served([run, "out/<b>none"]) as url, chromium() as browser, opened(browser, url) as page:
         text = page.locator("#text")
         expect(page.locator("#notice")).to_contain_text("No checkpoint yet in out/<b>none")
@@ -314,14 +437,18 @@ def test_hostile_text_is_shown_as_text(tiny_run, tmp_path):
         start_text(page)
         expect(text.locator(".token")).to_have_count(300)
         expect(text.locator(".prompt")).to_have_text(HOSTILE)
-        for i in range(40):
+        for i in range(15):
             text.locator(".token").nth(i).click()
         page.get_by_role("tab", name="Attention").click()
         expect(page.locator("#maps svg")).to_have_count(2)
+        page.get_by_role("tab", name="Tokens").click()
+        expect(page.locator("#pieces li").first).to_contain_text("<")
         page.get_by_role("tab", name="Compare").click()
         page.locator("#compare-start").click()
         expect(page.locator("#cards .prompt")).to_have_text(HOSTILE)
         expect(page.locator("#cards h2")).to_have_text(f"{run}/ckpt.pt")
+        page.get_by_role("tab", name="Learning").click()
+        expect(page.locator("#sample")).to_contain_text(HOSTILE)
         page.get_by_role("tab", name="Write").click()
         page.locator("#prompt").fill(f"€{HOSTILE}")
         start_text(page)
@@ -330,11 +457,10 @@ def test_hostile_text_is_shown_as_text(tiny_run, tmp_path):
         page.locator("#prompt").fill("<")
         start_text(page)
         expect(page.locator("#about")).to_contain_text(f"{run}/ckpt.pt: no such checkpoint")
-        page.get_by_role("tab", name="Loss").click()
+        page.get_by_role("tab", name="Learning").click()
         expect(page.locator("#figures")).to_contain_text(run)
-        added = (
-            "img, main svg[onload], body script, b:not(p > b, figcaption > b), [onclick], [onerror]"
-        )
+        bold = "p > b, td > b, figcaption > b"
+        added = f"img, main svg[onload], body script, b:not({bold}), [onclick], [onerror]"
         assert page.locator(added).count() == 0
 
 
@@ -401,25 +527,36 @@ def test_runs_that_come_go_and_change_while_they_are_shown(runs):
         expect(token).to_have_count(20)
 
 
-def test_loss_opens_on_the_run_that_trains(runs):
+def test_learning_opens_on_the_run_that_trains(runs):
     with served(runs) as url, chromium() as browser, opened(browser, url) as page:
         page.locator("#text .token").first.wait_for()
         assert page.locator("#run").evaluate("select => select.value") == "out/two"
 
 
 def draw() -> None:
-    """Draw the README's pictures of the page from the run of phase 1."""
+    """Draw the pictures of the page for the documents from the run of phase 1."""
     os.chdir(ROOT)
-    with served(["out/phase1_char"]) as url, chromium() as browser, opened(browser, url) as page:
-        token = page.locator("#text .token")
-        token.nth(299).wait_for()
-        token.nth(12).click()
-        page.get_by_text("Token 13, ").wait_for()
-        page.screenshot(path="docs/pictures/playground_write.png")
+    with (
+        served(["out/phase1_char"]) as url,
+        chromium() as browser,
+        opened(browser, url, width=1100, height=760) as page,
+    ):
+        page.locator("#text .token").nth(299).wait_for()  # the prompt is the run's by now
+        start_text(page, max_new_tokens=150)  # the pieces of a short text make a small file
+        page.wait_for_function("() => document.querySelectorAll('#text .token').length === 150")
+        page.locator("#text .token").nth(12).click()
+        page.get_by_text("Token 13 is ").wait_for()
+        page.screenshot(path="docs/pictures/playground_write.png", full_page=True)
         page.get_by_role("tab", name="Attention").click()
-        page.locator("#maps svg").first.wait_for()
-        choose_head(page, 3)  # this head looks at the token before
+        page.get_by_role("button", name="layer 1, head 3").click()  # it looks at the token before
         page.screenshot(path="docs/pictures/playground_attention.png", full_page=True)
+        draw_learning(page)
+
+
+def draw_learning(page) -> None:
+    page.get_by_role("tab", name="Learning").click()
+    page.locator("#moment").press("Home")
+    page.screenshot(path="docs/pictures/playground_learning.png", full_page=True)
 
 
 if __name__ == "__main__":
