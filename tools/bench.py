@@ -318,8 +318,12 @@ def gpu(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
     training = replace(training, warmup_iters=steps // 10, lr_decay_iters=steps)
     sides = throughput(replace(config, nanogpt=""), phase3)[0]
     del sides["ours"]
-    for each in (training, replace(training, optimizer="muon")):
-        sides[f"{steps} steps, {each.optimizer}"] = (train_and_resume, each, steps)
+    for name in ("adamw", "muon"):
+        sides[f"{steps} steps, {name}"] = (
+            train_and_resume,
+            replace(training, optimizer=name),
+            steps,
+        )
     sides["loading"] = (time_loader, OURS, training, 2)
     for B in (1, 8):
         sides[f"generation, batch {B}"] = (time_writing, "ours", "bfloat16", B, config, phase3)
