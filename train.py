@@ -74,7 +74,7 @@ class TrainConfig:
     bias: bool = True  # biases in linear layers and LayerNorms
     tie_weights: bool = True  # use the token embedding as the head
     gelu: Literal["tanh", "exact"] = "tanh"  # GPT-2 has tanh, nanoGPT has exact
-    pad_vocab_to: int = 0  # pad the vocabulary to so many rows; 0: no padding
+    pad_vocab_to: int = 0  # pad the vocabulary to this many rows; 0: no padding
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
     learning_rate: float = 6e-4  # AdamW: peak learning rate
@@ -259,7 +259,7 @@ class Trainer:
         return time.perf_counter() - self.saved_at > max(interval, 100 * self.save_seconds)
 
     def train_step(self, step: int, lr: float, stop: int = 0, batches=None) -> Tensor:
-        """Update the weights once. Returns loss, gradient norm, and if any process has a `stop`.
+        """Update the weights once. Return loss, gradient norm, and whether a process wants to `stop`.
 
         Nothing here waits for a GPU, which still computes one step while the next is prepared. So
         the GPU itself notices a loss or gradient that is not finite and keeps the weights from that

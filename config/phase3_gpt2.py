@@ -5,9 +5,10 @@
 #     python train.py config/phase3_gpt2.py --init_from=auto
 #     torchrun --standalone --nproc_per_node=8 train.py config/phase3_gpt2.py --init_from=auto
 #
-# It is larger than OpenAI's 124 million because the head is a matrix of its own. 21,000 steps are
-# half a pass over the data. The learning rate falls over the whole run, so choose --max_iters at
-# the start: with 42,000 steps, a whole pass, the model learns more.
+# With 32,000 tokens instead of 50,257 the embedding is smaller than OpenAI's. But the head is a
+# matrix of its own, so the model is larger than 124 million. 21,000 steps are half a pass over the
+# data. The learning rate falls over the whole run, so choose --max_iters at the start: with 42,000
+# steps, a whole pass, the model learns more.
 
 dataset = "openweb12"
 out_dir = "out/phase3_gpt2"
