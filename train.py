@@ -259,7 +259,7 @@ class Trainer:
         return time.perf_counter() - self.saved_at > max(interval, 100 * self.save_seconds)
 
     def train_step(self, step: int, lr: float, stop: int = 0, batches=None) -> Tensor:
-        """Update the weights once. Return loss, gradient norm, and whether a process wants to `stop`.
+        """Update the weights once. Returns loss, gradient norm, and whether to `stop`, on any process.
 
         Nothing here waits for a GPU, which still computes one step while the next is prepared. So
         the GPU itself notices a loss or gradient that is not finite and keeps the weights from that
