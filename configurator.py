@@ -88,7 +88,7 @@ def check_range(options, low: float, high: float, *names: str) -> None:
 
 
 def read_options(cls: type, argv: list[str]):
-    """Return what `configure` returns. Raises UserError on a mistake."""
+    """Return the dataclass `cls` made from `argv`. Raises UserError on a mistake."""
     accepted = typing.get_type_hints(cls)
     values = {field.name: field.default for field in fields(cls)}
     for arg in argv:
@@ -154,7 +154,7 @@ def check(name: str, value, accepted: dict, where: str):
             if value in typing.get_args(kind):
                 return value
             expected += map(repr, typing.get_args(kind))
-        elif type(value) is kind and str(value) not in ("nan", "inf", "-inf"):
+        elif type(value) is kind and (kind is not float or abs(value) < float("inf")):
             return value
         else:
             names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}

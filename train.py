@@ -9,7 +9,7 @@ Reads data/<dataset>/ and writes to out_dir:
 
     ckpt.pt      the last saved state: resume the run from it, or sample from it
     best.pt      the weights with the lowest validation loss
-    log.jsonl    a JSON object per logged step and per evaluation
+    log.jsonl    a JSON object per logged step, evaluation and sample
     samples.md   texts that the model wrote along the way      } drawn from log.jsonl
     loss.png     training and validation loss                  } at the end
 """
@@ -55,7 +55,7 @@ class TrainConfig:
     always_save_checkpoint: bool = True  # False: save ckpt.pt only when the loss improved
     checkpoint_interval: float = 300.0  # seconds between further saves; 0: none
     log_interval: int = 10  # steps between log lines, and between NaN checks on a GPU
-    sample_interval: int = 0  # steps between samples; 0: none
+    sample_interval: int = 0  # steps between samples, after the first ones; 0: none
     sample_start: str = "\n"  # prompt of the samples
     sample_tokens: int = 300  # tokens per sample
     tensorboard_log: bool = False  # also log to TensorBoard files in out_dir
@@ -259,7 +259,7 @@ class Trainer:
         return time.perf_counter() - self.saved_at > max(interval, 100 * self.save_seconds)
 
     def train_step(self, step: int, lr: float, stop: int = 0, batches=None) -> Tensor:
-        """Update the weights once. Returns loss, gradient norm, and whether to `stop`, on any process.
+        """Update the weights once. Returns loss, gradient norm, and if any process has a `stop`.
 
         Nothing here waits for a GPU, which still computes one step while the next is prepared. So
         the GPU itself notices a loss or gradient that is not finite and keeps the weights from that
@@ -328,6 +328,7 @@ def train(trainer: Trainer) -> None:
                 log.status("evaluating ...")
                 last = evaluate_and_save(trainer, log, step, last)
             if log.sample_is_due(step, last):
+                log.status("writing ...")
                 log.sample(step, trainer.sample())
             if last:
                 break

@@ -27,7 +27,8 @@ warmup_iters = 50
 lr_schedule = "linear"
 min_lr = 0.0
 
-# Evaluate and write a sample after each epoch.
+# Evaluate and write a sample after each epoch. The first samples come after 0, 25, 50 and 100
+# steps.
 eval_interval = 245
 sample_interval = 245
 sample_start = "ROMEO:"

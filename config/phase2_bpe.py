@@ -3,13 +3,13 @@
 #     python prepare_openweb.py --size=250MB --vocab_size=8192
 #     python train.py config/phase2_bpe.py
 #
-# 40 million tokens, two thirds of one pass over the text. README.md says what they cost and reach.
+# 40 million tokens, 62% of one pass over the text. README.md says what they cost and reach.
 
 dataset = "openweb"
 out_dir = "out/phase2_bpe"
 
 # 64 channels per head, as in GPT-2 Small. With 8,192 tokens a quarter of the parameters are the
-# embedding; 32,000 tokens would be half of them, for 11% fewer tokens. For a larger model change
+# embedding; with 32,000 it would be more than half, for 11% fewer tokens. For a larger model change
 # n_layer, n_head and n_embd, and give it more tokens: 20 per parameter are better than our 4.
 n_layer = 6
 n_head = 5

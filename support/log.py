@@ -224,7 +224,7 @@ def set_aside(out_dir: Path) -> Path:
 
 
 def describe(trainer) -> str:
-    """Return a run in three lines."""
+    """Return three lines about a run: its model, its data, its machine."""
     c, epochs = trainer.config, trainer.config.max_iters / trainer.steps_per_epoch
     dtype = dtype_name(trainer.dtype)
     if trainer.device.type == "cuda" and dtype == "float32" and c.dtype == "auto":

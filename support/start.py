@@ -109,7 +109,7 @@ def restore(trainer, start: Start) -> list[str]:
 
 
 def resume(trainer, model: GPT, checkpoint: dict) -> list[str]:
-    """Continue at a checkpoint: what `restore` does for one."""
+    """Give a new trainer the state of its checkpoint. Returns lines for the user."""
     config, before = trainer.config, checkpoint["train_config"]
     path = Path(config.out_dir) / "ckpt.pt"
     if "optimizers" not in checkpoint:
@@ -132,10 +132,12 @@ def resume(trainer, model: GPT, checkpoint: dict) -> list[str]:
         trainer.scaler.load_state_dict(checkpoint["scaler"])
     trainer.start_step, trainer.evaluated_step = checkpoint["step"], checkpoint["evaluated_step"]
     trainer.best_val_loss = checkpoint["best_val_loss"]
+    decays_to_the_end = config.decay_lr and not config.lr_decay_iters
+    harmless = HARMLESS - {"max_iters"} if decays_to_the_end else HARMLESS
     changes = [
         f"{name}: {before[name]} -> {value}"
         for name, value in asdict(config).items()
-        if name in before and name not in HARMLESS and before[name] != value
+        if name in before and name not in harmless and before[name] != value
     ]
     note = f"changed since the checkpoint, so this is another run: {', '.join(changes)}"
     return [note] if changes else []

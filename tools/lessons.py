@@ -1,7 +1,7 @@
 """Put a beginner's mistakes into phase 1, one at a time, and record what happens.
 
     python prepare_shakespeare.py
-    python -m tools.lessons                # everything that docs/lessons.md shows (6 minutes)
+    python -m tools.lessons                # everything that docs/lessons.md shows (6 to 13 minutes)
     python -m tools.lessons --only=mask    # one lesson
 
 A mistake is a diff in tools/mistakes/, or a few options. A copy of the code gets the diff, runs its
@@ -193,7 +193,8 @@ def make_table(mistakes: list[Mistake], config: LessonsConfig) -> str:
         output, records = read_run(mistake, config)
         notes = re.findall(r"^(?:FAIL [^:]+|warning: [^;]+)", output["preflight"], re.MULTILINE)
         notes += [re.split(", at |;", output["error"])[0]] * bool(output["error"])
-        end = {} if output["error"] else records[-1]  # the last evaluation
+        evaluations = [r for r in records if "val_loss" in r]
+        end = {} if output["error"] else evaluations[-1]
         figures = [f"{end[key]:.4f}" if end else "" for key in ("train_loss", "val_loss")]
         speeds = [r["tokens_per_second"] for r in records if "loss" in r]
         figures.append(f"{median(speeds):,.0f}" if speeds else "")

@@ -3,12 +3,13 @@
     python -m tools.scaling --out_dir=out/phase1_char --out_dir=out/phase2_bpe
 
 The picture has bits per byte, which can be compared between vocabularies, over floating-point
-operations. It needs each run's log.jsonl and ckpt.pt, and its data set's meta.json.
+operations. It needs each run's log.jsonl and ckpt.pt, and its data set's meta.json. With eval_iters
+a run evaluates a part of val.bin, so its last value differs a little from that of tools.evaluate.
 """
 
 import math
 import sys
-from configurator import configure, run
+from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def read_curve(out_dir: Path) -> tuple[list[float], list[float], str]:
     sequences = options["gradient_accumulation_steps"] * options["batch_size"]
     flops_per_step = model.flops_per_token(T) * sequences * T
     evaluations = [r for r in read_log(out_dir / "log.jsonl") if "val_loss" in r and r["step"]]
+    if not evaluations:
+        raise UserError(f"{out_dir}: has no evaluation after step 0 yet; train longer")
     flops = [r["step"] * flops_per_step for r in evaluations]
     bits = [r["val_loss"] / math.log(2) * tokens_per_byte for r in evaluations]
     label = f"{out_dir.name}: {model.num_params() / 1e6:.1f} million parameters"

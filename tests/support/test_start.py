@@ -63,13 +63,15 @@ def test_options_of_the_shape_that_have_their_default_come_from_the_checkpoint(
         ({"learning_rate": 0.02, "beta2": 0.9}, "learning_rate: 0.01 -> 0.02, beta2: 0.95 -> 0.9"),
         ({"dropout": 0.1}, "dropout: 0.0 -> 0.1"),
         ({"max_iters": 8, "log_interval": 2, "sample_interval": 4, "eval_iters": 1}, None),
+        ({"max_iters": 8, "lr_decay_iters": 0}, "max_iters: 4 -> 8, lr_decay_iters: 12 -> 0"),
     ],
     ids=str,
 )
 def test_a_change_that_makes_another_run_is_said_in_one_line(tiny_run, capsys, changed, said):
-    tiny_run(max_iters=4, eval_interval=4)
+    run = {"max_iters": 4, "eval_interval": 4, "lr_decay_iters": 12}
+    tiny_run(**run)
     capsys.readouterr()
-    out_dir = tiny_run(**{"max_iters": 6, "eval_interval": 4, **changed}, init_from="resume")
+    out_dir = tiny_run(**{**run, "max_iters": 6, **changed}, init_from="resume")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(CHANGED)]
     assert lines == ([CHANGED + said] if said else [])
     assert logged(out_dir)[-1]["step"] == changed.get("max_iters", 6)

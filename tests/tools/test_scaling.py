@@ -2,6 +2,7 @@
 
 import math
 import sys
+from configurator import UserError
 
 import pytest
 from conftest import logged
@@ -24,6 +25,12 @@ def test_a_curve_has_the_operations_and_the_bits_per_byte_of_each_evaluation(tin
     ]
     assert bits == pytest.approx(expected)
     assert label == "tiny: 0.0 million parameters"
+
+
+def test_a_run_that_has_only_begun_is_named(tiny_run):
+    out_dir = tiny_run(max_iters=0)
+    with pytest.raises(UserError, match="no evaluation after step 0 yet; train longer"):
+        scaling.read_curve(out_dir)
 
 
 def test_every_run_is_a_line_and_is_printed(tiny_run, monkeypatch, capsys, tmp_path):
