@@ -137,6 +137,7 @@ def describe(loaded: Loaded, prompt: str) -> str:
 
 
 def same_weights(a: GPT, b: GPT) -> bool:
+    """Return whether two models have the same shape and the same weights."""
     return a.config == b.config and all(map(torch.equal, a.parameters(), b.parameters()))
 
 
