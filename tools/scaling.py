@@ -55,7 +55,7 @@ def draw_curves(curves: list[tuple[list[float], list[float], str]]) -> Figure:
     axes = figure.subplots()
     for flops, bits, label in curves:
         [line] = axes.plot(flops, bits, marker=".", label=label)
-        style = dict(xytext=(6, -3), textcoords="offset points", color=line.get_color())
+        style = dict(xytext=(0, 8), textcoords="offset points", color=line.get_color())
         axes.annotate(f"{bits[-1]:.2f}", (flops[-1], bits[-1]), **style)
     axes.set_xscale("log")
     axes.set(
