@@ -329,8 +329,8 @@ def try_learning(page, expect) -> None:
     at_end = page.locator("circle.moment").get_attribute("cx")
     slider.focus()
     page.keyboard.press("Home")
-    expect(about).to_contain_text(f"Sample 1 of {samples}, at step 6, epoch")
-    expect(about).to_contain_text(re.compile(r"; validation loss 2\.\d{3} at step 6$"))
+    expect(about).to_contain_text(f"Sample 1 of {samples}, at step 0, epoch")
+    expect(about).to_contain_text(re.compile(r"; validation loss 3\.\d{3} at step 0$"))
     expect(page.locator("#sample")).to_contain_text("3 times")
     assert page.locator("circle.moment").get_attribute("cx") != at_end
     assert slider.get_attribute("aria-valuetext") == about.text_content()
