@@ -30,7 +30,7 @@ warmup_iters = 100
 lr_schedule = "linear"
 min_lr = 0.0
 
-# All of val.bin would take minutes; a part, spread over the file, is enough here.
+# All of val.bin takes about half a minute; a part, spread over the file, is enough here.
 eval_interval = 245
 eval_iters = 16
 sample_interval = 490

@@ -1,8 +1,7 @@
-"""Read and write whole files: atomic writes, UTF-8 text, checksums, free space, locks, diffs."""
+"""Read and write whole files: atomic writes, UTF-8 text, checksums, free space, locks."""
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -91,18 +90,3 @@ def read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
-
-
-def apply_diff(diff: Path, folder: Path) -> None:
-    """Make the change of a unified diff to one file in `folder`. Raises UserError if it can not."""
-    header, *hunks = re.split(r"^@@ .*\n", diff.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    path = folder / re.search(r"^\+\+\+ b/(\S+)", header, re.MULTILINE)[1]
-    text = path.read_text(encoding="utf-8")
-    for hunk in hunks:
-        lines = hunk.splitlines()
-        before = "\n".join(line[1:] for line in lines if line[:1] != "+")
-        after = "\n".join(line[1:] for line in lines if line[:1] != "-")
-        if text.count(before) != 1:
-            raise UserError(f"{diff}: does not apply to {path.name}; make the diff again")
-        text = text.replace(before, after)
-    path.write_text(text, encoding="utf-8")

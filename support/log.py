@@ -256,6 +256,15 @@ def shorten(text: str, width: int = 44) -> str:
     return line if len(line) <= width else line[: width - 3].rsplit(" ", 1)[0] + " ..."
 
 
+def given_out_dirs(otherwise: str) -> list[str]:
+    """Return each run's folder that the command line names, once, or `otherwise`.
+
+    A config keeps only the last of several --out_dir options; tools that compare runs need all.
+    """
+    given = [arg.removeprefix("--out_dir=") for arg in sys.argv if arg.startswith("--out_dir=")]
+    return list(dict.fromkeys(Path(out_dir).as_posix() for out_dir in given or [otherwise]))
+
+
 def read_log(path: Path) -> list[dict]:
     """Return the records of a log.jsonl. Damaged lines are left out, and stderr says so."""
     if not path.is_file():

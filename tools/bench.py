@@ -319,11 +319,8 @@ def gpu(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
     sides = throughput(replace(config, nanogpt=""), phase3)[0]
     del sides["ours"]
     for name in ("adamw", "muon"):
-        sides[f"{steps} steps, {name}"] = (
-            train_and_resume,
-            replace(training, optimizer=name),
-            steps,
-        )
+        each = replace(training, optimizer=name)
+        sides[f"{steps} steps, {name}"] = (train_and_resume, each, steps)
     sides["loading"] = (time_loader, OURS, training, 2)
     for B in (1, 8):
         sides[f"generation, batch {B}"] = (time_writing, "ours", "bfloat16", B, config, phase3)

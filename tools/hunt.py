@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from support.files import apply_diff, atomic_write, read_text
+from support.broken_copy import MISTAKES, ROOT, apply_diff, copy_code
+from support.files import atomic_write, read_text
 
-ROOT = Path(__file__).parent.parent
-MISTAKES = ROOT / "tools" / "mistakes"
 HUNTS = tomllib.loads(read_text(MISTAKES / "hunts.toml"))["hunt"]  # dicts; number 1 is the first
 FOLDER = Path("hunt")  # of the copies, in the working directory
 SECONDS = 120  # after which a program that judges a copy is stopped
@@ -100,15 +99,6 @@ def make_copy(hunt: dict, copy: Path) -> None:
     except OSError as error:
         reason = f"{copy}: can not be written ({error.strerror or error})"
         raise UserError(f"{reason}; use a folder that you may write to") from error
-
-
-def copy_code(source: Path, target: Path) -> None:
-    """Copy the scripts, support/ and config/ to the folder `target`: no tools, tests or history."""
-    target.mkdir(parents=True)
-    for path in source.glob("*.py"):
-        shutil.copy(path, target)
-    for name in ("support", "config"):
-        shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def print_hint(number: int) -> None:

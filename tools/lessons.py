@@ -22,11 +22,11 @@ from statistics import median
 
 from matplotlib.figure import Figure
 
-from support.files import apply_diff, atomic_write, read_text
+from support.broken_copy import MISTAKES as DIFFS
+from support.broken_copy import ROOT, apply_diff, copy_code
+from support.files import atomic_write, read_text
 from support.log import read_log
 from support.pictures import markdown_table, save_figure
-
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,12 @@ def train_with(mistake: Mistake, config: LessonsConfig) -> None:
     shutil.rmtree(out_dir, ignore_errors=True)
     print(f"\n{mistake.name}: preflight and {config.max_iters} steps (about 40 s) ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("train.py", "model.py", "configurator.py"):
-            shutil.copy(ROOT / name, folder)
-        shutil.copytree(ROOT / "support", f"{folder}/support")
+        code = Path(folder) / "code"
+        copy_code(ROOT, code)
         if mistake != CORRECT and not mistake.options:
-            apply_diff(ROOT / f"tools/mistakes/{mistake.name}.diff", Path(folder))
-        preflight, _ = run_train(folder, [*options, "--preflight"])
-        training, error = run_train(folder, options)
+            apply_diff(DIFFS / f"{mistake.name}.diff", code)
+        preflight, _ = run_train(str(code), [*options, "--preflight"])
+        training, error = run_train(str(code), options)
     output = {"preflight": preflight, "training": training, "error": error}
     with atomic_write(out_dir / "output.json") as file:
         file.write(json.dumps(output, indent=2, ensure_ascii=False).encode())

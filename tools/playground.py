@@ -39,7 +39,7 @@ from model import GPT, candidates
 from sample import SampleConfig
 from support import tokenizer as tokenizers
 from support.checkpoint import load_checkpoint
-from support.log import read_log
+from support.log import given_out_dirs, read_log
 from support.runtime import resolve_device
 
 MODEL_LOCK = threading.Lock()  # requests run in threads; one at a time observes or changes a model
@@ -76,6 +76,10 @@ class Loaded(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     step: int
     start: str  # the prompt of the samples that the run logged
+
+    def label(self, i: int) -> str:
+        """Return what the page shows for token id `i`."""
+        return visible(self.tokenizer.decode_bytes([i]))
 
 
 def file_version(path: Path) -> list[int] | None:
@@ -214,9 +218,6 @@ def write(
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # waits for a whole character
     decoder.decode(tokenizer.decode_bytes(written))
 
-    def label(i: int) -> str:
-        return visible(tokenizer.decode_bytes([i]))
-
     while (result := next_token(model, stream)) is not None:
         taken, layers = result
         if taken == getattr(tokenizer, "end_of_text", None):
@@ -229,7 +230,7 @@ def write(
             {
                 "id": i,
                 "rank": rank,
-                "label": label(i),
+                "label": loaded.label(i),
                 "before": before[i].item(),
                 "after": after[i].item(),
                 "taken": i == taken,
@@ -238,7 +239,10 @@ def write(
         ]
         best = layers.softmax(dim=-1).topk(min(3, V))  # (n_layer, 3)
         lens = [
-            [{"label": label(i), "p": p, "taken": i == taken} for p, i in zip(*row, strict=True)]
+            [
+                {"label": loaded.label(i), "p": p, "taken": i == taken}
+                for p, i in zip(*row, strict=True)
+            ]
             for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         text = decoder.decode(tokenizer.decode_bytes([taken]))
@@ -328,7 +332,7 @@ class Playground:
             logits = loaded.model(idx[None])[0][0, :-1].float()  # (T - 1, V)
         losses = cross_entropy(logits, idx[1:], reduction="none").tolist()
         tokens = [
-            {"id": i, "label": visible(loaded.tokenizer.decode_bytes([i])), "p": p}
+            {"id": i, "label": loaded.label(i), "p": p}
             for i, p in zip(shown, [None, *(math.exp(-x) for x in losses)], strict=True)
         ]
         loss = sum(losses) / len(losses) if losses else None
@@ -349,7 +353,7 @@ class Playground:
             layers, loss = attention_weights(loaded.model, idx, masked)
             weights = (torch.stack(layers) * 10_000).round().int().tolist()  # 3412: 34.12%
             maps.append({"masked": masked, "loss": loss, "weights": weights})
-        labels = [visible(loaded.tokenizer.decode_bytes([i])) for i in shown]
+        labels = [loaded.label(i) for i in shown]
         yield {"maps": maps, "labels": labels, "count": len(ids)}
 
     def log(self, fields: dict) -> Iterator[dict]:
@@ -430,10 +434,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(config: PlaygroundConfig) -> None:
-    given = [arg.removeprefix("--out_dir=") for arg in sys.argv if arg.startswith("--out_dir=")]
-    given = given or [config.out_dir]  # the option may be repeated
-    out_dirs = list(dict.fromkeys(Path(out_dir).as_posix() for out_dir in given))
     device = resolve_device(config.device)
+    out_dirs = given_out_dirs(config.out_dir)
     playground = Playground(Checkpoints(out_dirs, config.checkpoint, device))
     for out_dir, paths in playground.checkpoints.find().items():
         if not paths:

@@ -8,7 +8,6 @@ a run evaluates a part of val.bin, so its last value differs a little from that 
 """
 
 import math
-import sys
 from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 
 from support.checkpoint import load_checkpoint
 from support.data import load_meta
-from support.log import read_log
+from support.log import given_out_dirs, read_log
 from support.pictures import save_figure
 
 
@@ -70,8 +69,7 @@ def draw_curves(curves: list[tuple[list[float], list[float], str]]) -> Figure:
 
 def main(config: ScalingConfig) -> None:
     """Draw the picture and print the last point of each run."""
-    given = [arg.removeprefix("--out_dir=") for arg in sys.argv if arg.startswith("--out_dir=")]
-    curves = [read_curve(Path(out_dir)) for out_dir in given or [config.out_dir]]
+    curves = [read_curve(Path(out_dir)) for out_dir in given_out_dirs(config.out_dir)]
     for flops, bits, label in curves:
         print(f"{label}: {bits[-1]:.4f} bits per byte after {flops[-1]:.2e} operations")
     save_figure(draw_curves(curves), Path(config.picture))

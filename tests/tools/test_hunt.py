@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 import prepare_shakespeare
-from support.files import apply_diff
+from support.broken_copy import apply_diff
 from tools import hunt
 from tools.lessons import MISTAKES
 
@@ -43,7 +43,7 @@ def code(folder: Path) -> dict[str, bytes]:
 
 
 def correct(number: int) -> None:
-    """Do what a learner does who has found the mistake."""
+    """Replace the code in the copy of a hunt by the correct code."""
     for file, content in code(ROOT).items():
         (Path("hunt") / str(number) / file).write_bytes(content)
 
