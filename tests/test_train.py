@@ -101,7 +101,12 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_run, tiny_train
         optimizer.step()
         optimizer.zero_grad()
     for name, p in model.state_dict().items():
-        torch.testing.assert_close(weights(out_dir)[name], p, rtol=1e-4, atol=1e-6)
+        found = weights(out_dir)[name]
+        if name.endswith("c_attn.bias"):
+            # Softmax ignores the bias of the keys: its gradient is rounding error, which AdamW
+            # makes as large as every other update.
+            found, p = (torch.cat((bias[:16], bias[32:])) for bias in (found, p))
+        torch.testing.assert_close(found, p, rtol=1e-4, atol=1e-6)
 
 
 def test_validation_loss_is_that_of_transformers_over_every_token(tiny_run):
