@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.files import atomic_write, free_bytes, lock_folder
-from support.runtime import dtype_name
+from support.runtime import dtype_name, is_emulated
 
 
 class Log:
@@ -229,6 +229,8 @@ def describe(trainer) -> str:
     dtype = dtype_name(trainer.dtype)
     if trainer.device.type == "cuda" and dtype == "float32" and c.dtype == "auto":
         dtype = "float32 (this GPU has no bfloat16; --dtype=float16 is faster)"
+    if is_emulated(trainer.dtype, trainer.device):
+        dtype += " (this CPU has no bfloat16; --dtype=float32 is much faster)"
     return (
         f"{trainer.model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, "
         f"{c.n_embd} wide, context {c.block_size}, vocabulary {trainer.tokenizer.vocab_size:,}\n"

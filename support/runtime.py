@@ -55,6 +55,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether `device` is a CPU that computes bfloat16 in software.
+
+    With AVX2, products of large matrices then take 400 times as long as in float32.
+    """
+    on_cpu = device.type == "cpu"
+    return on_cpu and dtype == torch.bfloat16 != resolve_dtype("auto", device)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name that the option has: bfloat16, not torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

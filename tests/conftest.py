@@ -29,6 +29,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):  # not on Windows
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: several workers share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+    torch.set_num_threads(1)
+
 # 18 different characters
 TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(10))
 

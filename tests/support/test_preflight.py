@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import model
 from support import checkpoint, preflight, runtime
 from support.data import Dataset, write_dataset
+from support.log import describe
 from support.tokenizer import CharTokenizer
 
 
@@ -256,6 +257,17 @@ def test_what_slows_a_run_down_is_a_warning(tiny_trainer, monkeypatch):
     assert warned(trainer)[1] == "batches take 10% of the time; train.bin is in memory"
     trainer.data.train.in_memory = False
     assert warned(trainer)[1].endswith("too large for the memory")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cpu_without_bfloat16_is_said_in_every_run_and_a_warning(
+    tiny_trainer, monkeypatch, native
+):
+    trainer = tiny_trainer(dtype="bfloat16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    assert ("this CPU has no bfloat16" in describe(trainer)) is not native
+    expected = "bfloat16 is computed in software; use --dtype=auto"
+    assert warned(trainer) == ([] if native else [expected])
 
 
 @pytest.mark.parametrize(
