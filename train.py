@@ -204,13 +204,12 @@ class Trainer:
         gradients, would cost more than it saves.
         """
         self.model.eval()
-        batch_size = max(self.config.batch_size, 4096 // self.config.block_size)  # fewer: slower
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
         total = torch.zeros(2, 2, dtype=exact, device=self.device)  # losses and number of targets
         for i, tokens in enumerate((self.data.train, self.data.val)):
             mine = self.eval_windows[i][self.processes.rank :: self.processes.count]
-            for first in range(0, len(mine), batch_size):
-                x, y = self.batch(tokens, mine[first : first + batch_size])
+            for first in range(0, len(mine), self.config.batch_size):
+                x, y = self.batch(tokens, mine[first : first + self.config.batch_size])
                 n_targets = (y >= 0).sum()
                 with runtime.autocast(self.device, self.dtype):
                     loss = self.model(x, y)[1]
