@@ -50,7 +50,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """Return softmax(q k^T / sqrt(hs)) v with a causal mask: formula 1 of Vaswani et al. 2017.
 
     q is (B, nh, T, hs); k and v are (B, nh, S, hs) with S >= T. The T queries belong to the last T
-    of the S positions, and each one sees its own position and all earlier ones: (B, nh, T, hs).
+    of the S positions; each sees its own position and all earlier ones. Returns (B, nh, T, hs).
     """
     B, nh, T, hs = q.size()
     S = k.size(2)

@@ -1,6 +1,6 @@
 """Prepare web text, or your own text, as BPE tokens in data/openweb/.
 
-    python prepare_openweb.py --size=250MB                   # OpenWebText from the Hugging Face hub
+    python prepare_openweb.py --size=250MB --vocab_size=8192     # OpenWebText from the hub
     python prepare_openweb.py --size=12GB --dataset=openweb12
     python prepare_openweb.py --source=fineweb-edu --size=1GB --dataset=fineweb
     python prepare_openweb.py --input=my_texts/ --dataset=mine --tokenizer=gpt2

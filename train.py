@@ -53,9 +53,9 @@ class TrainConfig:
     dollars_per_hour: float = 0.0  # preflight: rent of the machine
     target_val_loss: float = 0.0  # stop when the validation loss is this low
     always_save_checkpoint: bool = True  # False: save ckpt.pt only when the loss improved
-    checkpoint_interval: float = 300.0  # seconds between further saves; 0: none
+    checkpoint_interval: float = 300.0  # seconds between saves outside evaluations; 0: none
     log_interval: int = 10  # steps between log lines, and between NaN checks on a GPU
-    sample_interval: int = 0  # steps between samples, after the first ones; 0: none
+    sample_interval: int = 0  # steps between samples, after 0, 25, 50 and 100; 0: none
     sample_start: str = "\n"  # prompt of the samples
     sample_tokens: int = 300  # tokens per sample
     tensorboard_log: bool = False  # also log to TensorBoard files in out_dir
@@ -80,7 +80,7 @@ class TrainConfig:
     learning_rate: float = 6e-4  # AdamW: peak learning rate
     muon_lr: float = 0.02  # Muon: peak learning rate
     max_iters: int = 600000  # steps
-    weight_decay: float = 0.1  # of matrices; biases and LayerNorms have none
+    weight_decay: float = 0.1  # pull of matrices towards 0; biases and LayerNorms have none
     beta1: float = 0.9  # AdamW: decay of the running mean of gradients
     beta2: float = 0.95  # AdamW: decay of the running mean of squared gradients
     grad_clip: float = 1.0  # largest gradient norm; 0: no limit
@@ -91,12 +91,12 @@ class TrainConfig:
     lr_decay_iters: int = 0  # step at which the decay ends; 0: max_iters
     min_lr: float = 6e-5  # AdamW's rate at the end; Muon's falls in proportion
     # system
-    seed: int = 1337  # of weights, batches, dropout and samples
+    seed: int = 1337  # random seed of weights, batches, dropout and samples
     device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of matrix products
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model
-    deterministic: bool = False  # on a GPU: the same bits every time, but slower
-    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
+    deterministic: bool = False  # on a GPU: ask torch for the same bits in every run
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # communication of torch.distributed
 
     def __post_init__(self) -> None:
         counts = ("eval_interval", "log_interval", "sample_tokens", "batch_size", "block_size")
@@ -262,8 +262,8 @@ class Trainer:
         """Update the weights once. Returns loss, gradient norm, and if any process has a `stop`.
 
         Nothing here waits for a GPU, which still computes one step while the next is prepared. So
-        the GPU itself notices a loss or gradient that is not finite and keeps the weights from that
-        step on; `read` reports it. Benchmarks give their own `batches`.
+        the GPU itself notices a loss or gradient that is not finite and leaves the weights as they are
+        from that step on; `read` reports it. Benchmarks give their own `batches`.
         """
         c = self.config
         batches = batches or [self.micro_batch(step, micro) for micro in self.micros]
@@ -334,7 +334,7 @@ def train(trainer: Trainer) -> None:
                 break
             lr = learning_rate(step, c)
             figures = trainer.train_step(step, lr, signals.number)
-            # To read the figures is to wait for a GPU: only when they are needed.
+            # Reading the figures waits for a GPU, so read them only when they are needed.
             obey = signals.number > 0 and not processes.distributed  # several stop together, below
             due = (step + 1) % c.log_interval == 0 or (step + 1) % c.eval_interval == 0
             if not (due or obey or trainer.device.type == "cpu" or step + 1 == c.max_iters):

@@ -21,8 +21,8 @@ batch_size = 12
 gradient_accumulation_steps = 40
 max_iters = 10000
 
-# Muon for the matrices of the blocks, AdamW for the rest: see phase3_gpt2.py. OpenAI's own recipe
-# is --optimizer=adamw --learning_rate=6e-4 --min_lr=6e-5 --lr_schedule=cosine --max_iters=19000.
+# Muon for the matrices of the blocks, AdamW for the rest: see phase3_gpt2.py. GPT-3's recipe has
+# --optimizer=adamw --learning_rate=6e-4 --min_lr=6e-5 --lr_schedule=cosine --weight_decay=0.1.
 optimizer = "muon"
 muon_lr = 0.025
 learning_rate = 4e-3

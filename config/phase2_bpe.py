@@ -3,26 +3,26 @@
 #     python prepare_openweb.py --size=250MB --vocab_size=8192
 #     python train.py config/phase2_bpe.py
 #
-# 40 million tokens, 62% of one pass over the text. README.md says what they cost and reach.
+# 40 million tokens, 62% of one pass over the text. README.md says what the first 25 million reach.
 
 dataset = "openweb"
 out_dir = "out/phase2_bpe"
 
 # 64 channels per head, as in GPT-2 Small. With 8,192 tokens a quarter of the parameters are the
-# embedding; with 32,000 it would be more than half, for 11% fewer tokens. For a larger model change
+# embedding; with 32,000 it would be more than half, for 10% fewer tokens. For a larger model change
 # n_layer, n_head and n_embd, and give it more tokens: 20 per parameter are better than our 4.
 n_layer = 6
 n_head = 5
 n_embd = 320
 block_size = 256
 
-# 2 * 16 * 256 = 8,192 tokens per step. On a GPU: --batch_size=256 --gradient_accumulation_steps=1
-# with max_iters and warmup_iters / 8 computes faster and learns a little less from each token.
+# 2 * 16 * 256 = 8,192 tokens per step. A GPU is faster with --batch_size=256
+# --gradient_accumulation_steps=1 --max_iters=612 --warmup_iters=12 --compile=True.
 batch_size = 16
 gradient_accumulation_steps = 2
 max_iters = 4900
 
-# In trials Muon was far ahead of AdamW; half or twice these rates changed little.
+# In short trials Muon was far ahead of AdamW, and twice these rates changed little.
 optimizer = "muon"
 muon_lr = 0.02
 learning_rate = 4e-3

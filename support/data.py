@@ -118,7 +118,7 @@ class Dataset:
         """Return where the sequences of an evaluation start in train.bin and in val.bin.
 
         In val.bin they stand side by side, so that each token but the first is a target once;
-        `limit` (0: none) keeps so many of them. In train.bin as many are spread over the file.
+        `limit` keeps only that many (0: all). In train.bin as many are spread over the file.
         """
         val = np.arange(0, len(self.val) - 1, block_size)
         if 0 < limit < len(val):
@@ -132,7 +132,7 @@ class Dataset:
 
 
 def load_meta(folder: Path) -> dict:
-    """Return the content of meta.json; for a folder that nanoGPT prepared, what it would say."""
+    """Return the content of meta.json, or compute it for a folder that nanoGPT prepared."""
     if (folder / "train.bin").exists() and not (folder / "meta.json").exists():
         from support.nanogpt import describe_data  # imports this module
 

@@ -93,7 +93,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     """Return the matrices x (N, rows, columns), rows <= columns, with singular values close to 1.
 
     Five Newton-Schulz steps with Jordan's coefficients: an odd polynomial of the singular values
-    that moves all of them to between 0.7 and 1.2.
+    that moves all but tiny ones to between 0.7 and 1.2.
     """
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]  # no singular value above 1
     for _ in range(5):
