@@ -93,7 +93,7 @@ class TrainConfig:
     # system
     seed: int = 1337  # random seed of weights, batches, dropout and samples
     device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of matrix products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model
     deterministic: bool = False  # on a GPU: ask torch for the same bits in every run
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # communication of torch.distributed
@@ -262,8 +262,8 @@ class Trainer:
         """Update the weights once. Returns loss, gradient norm, and if any process has a `stop`.
 
         Nothing here waits for a GPU, which still computes one step while the next is prepared. So
-        the GPU itself notices a loss or gradient that is not finite and leaves the weights as they are
-        from that step on; `read` reports it. Benchmarks give their own `batches`.
+        the GPU itself notices a loss or gradient that is not finite and from then on leaves the
+        weights unchanged; `read` reports it. Benchmarks give their own `batches`.
         """
         c = self.config
         batches = batches or [self.micro_batch(step, micro) for micro in self.micros]
