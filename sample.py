@@ -47,6 +47,7 @@ class SampleConfig:
             )
 
 
+@runtime.explain_out_of_memory()
 def main(config: SampleConfig) -> None:
     """Load the model, encode the prompt, and print each text while it is written."""
     device = runtime.resolve_device(config.device)

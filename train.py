@@ -290,11 +290,12 @@ class Trainer:
             finite &= grad_norm.isfinite()
         self.failed_step = torch.where((self.failed_step < 0) & ~finite, step, self.failed_step)
 
+        skip = (self.failed_step >= 0) | ~grad_norm.isfinite()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * lr / c.learning_rate
-            optimizer.found_inf = (self.failed_step >= 0).float()  # 1: step() changes no weight
-            self.scaler.step(optimizer)
+            optimizer.found_inf = skip.float()  # 1: step() changes nothing
+            optimizer.step()
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         self.recent.append((step, lr, loss, grad_norm))

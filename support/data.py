@@ -133,7 +133,9 @@ class Dataset:
 
 def load_meta(folder: Path) -> dict:
     """Return the content of meta.json, or compute it for a folder that nanoGPT prepared."""
-    if (folder / "train.bin").exists() and not (folder / "meta.json").exists():
+    # With progress.json, prepare_openweb.py was interrupted: the same command finishes its work.
+    ours = any((folder / name).exists() for name in ("meta.json", "progress.json"))
+    if (folder / "train.bin").exists() and not ours:
         from support.nanogpt import describe_data  # imports this module
 
         return describe_data(folder)

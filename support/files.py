@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import platform
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
 from configurator import UserError
 from contextlib import contextmanager, suppress
@@ -22,13 +24,13 @@ def atomic_write(path: Path, size: int = 0) -> Iterator:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-        temporary = Path(name)
-        with open(descriptor, "wb") as file:
+        new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        with open(new, "xb") as file:  # with the usual permissions, which tempfile's files lack
+            temporary = new
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch reports a failed write as a RuntimeError; its context is the reason of the system.
         reason = error if isinstance(error, OSError) else error.__context__
@@ -42,6 +44,19 @@ def atomic_write(path: Path, size: int = 0) -> Iterator:
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`. On Windows, wait while another program reads `path`."""
+    for seconds in (0.1, 0.3, 1, 3, 10):
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            if platform.system() != "Windows":
+                raise
+            time.sleep(seconds)
+    os.replace(temporary, path)
 
 
 @contextmanager

@@ -54,10 +54,7 @@ def param_groups(model: GPT) -> dict[str, list[nn.Parameter]]:
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: a step moves all directions of a matrix by the same amount."""
 
-    # As in torch's fused AdamW: if found_inf is 1, step() changes no weight. So GradScaler, which
-    # sets it for float16, need not wait for the GPU.
-    _step_supports_amp_scaling = True
-    found_inf: Tensor | None = None
+    found_inf: Tensor | None = None  # 1: step() changes nothing, as in torch's fused AdamW
 
     def __init__(
         self, params, lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
@@ -73,7 +70,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                buffer = self.state[p]["momentum_buffer"]
+                average = buffer.lerp(p.grad, 1 - momentum)
+                buffer.copy_(self.unless_skipped(average, buffer))
                 update = p.grad.lerp(average, momentum)  # Nesterov momentum
                 wide = update if update.size(0) <= update.size(1) else update.mT
                 batches[wide.shape].append((p, wide))
@@ -84,9 +83,11 @@ class Muon(torch.optim.Optimizer):
                     new = p * (1 - lr * group["weight_decay"])
                     scale = -lr * math.sqrt(max(1, rows / columns))
                     new.add_(update if rows <= columns else update.mT, alpha=scale)
-                    p.copy_(
-                        new if self.found_inf is None else torch.where(self.found_inf > 0, p, new)
-                    )
+                    p.copy_(self.unless_skipped(new, p))
+
+    def unless_skipped(self, new: Tensor, old: Tensor) -> Tensor:
+        """Return `new`, or `old` in a step that found_inf skips."""
+        return new if self.found_inf is None else torch.where(self.found_inf > 0, old, new)
 
 
 def orthogonalize(x: Tensor) -> Tensor:

@@ -183,7 +183,8 @@ def checkpoint(trainer) -> tuple[bool, str]:
         path.unlink(missing_ok=True)
     weights = trainer.model.state_dict()
     equal = all(torch.equal(p.cpu(), loaded[name]) for name, p in weights.items())
-    # ckpt.pt is three times the weights and best.pt once; old files stay until new ones are whole.
+    # ckpt.pt has at most three times the weights, best.pt once; old files stay until new ones are
+    # whole.
     needed, free = 8 * tensor_bytes(weights), free_bytes(trainer.out_dir)
     disk = f"the run needs {needed / 1e9:,.2f} GB of {free / 1e9:,.2f} GB free"
     return equal and needed < free, f"read back {'equal' if equal else 'DIFFERENT'}; {disk}"

@@ -31,7 +31,10 @@ class Processes:
     def _join(self, backend: str) -> None:
         """Meet the other processes. Raises UserError for a backend that can not work here."""
         if self.device.type == "cuda":
-            self.device = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if rank >= count:
+                raise UserError(f"torch finds {count} GPUs here; use --nproc_per_node={count}")
+            self.device = resolve_device(f"cuda:{rank}")
             torch.cuda.set_device(self.device)
         elif self.device.type == "mps":  # no backend works with it
             self.device = torch.device("cpu")

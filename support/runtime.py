@@ -117,8 +117,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def explain_out_of_memory(batch_size: int, accumulation: int) -> Iterator[None]:
-    """Turn every out-of-memory error inside into a UserError that says which options to change."""
+def explain_out_of_memory(batch_size: int = 0, accumulation: int = 0) -> Iterator[None]:
+    """Turn every out-of-memory error inside into a UserError that says what to change.
+
+    `batch_size` and `accumulation` are the options of a training.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -126,10 +129,14 @@ def explain_out_of_memory(batch_size: int, accumulation: int) -> Iterator[None]:
         words = ("allocate memory", "out of memory", "Invalid buffer size")
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
-        raise UserError(
-            f"out of memory at batch_size={batch_size}; divide it and multiply "
-            f"gradient_accumulation_steps={accumulation} by the same factor: the result is the same"
-        ) from error
+        message = "out of memory; use a smaller batch or model, or --device=cpu"
+        if batch_size:
+            message = (
+                f"out of memory at batch_size={batch_size}; divide it and multiply "
+                f"gradient_accumulation_steps={accumulation} by the same factor: the result is the "
+                "same"
+            )
+        raise UserError(message) from error
 
 
 def why_not_compile(option: bool | str, device: torch.device, steps: int) -> str:
@@ -204,6 +211,8 @@ def now(device: torch.device) -> float:
     """Return the time in seconds at which `device` has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 

@@ -45,7 +45,9 @@ def starting_point(config, processes: Processes) -> Start:
             default = type(config).__dataclass_fields__[name].default
             if name != "dropout" and here not in (default, there):
                 refuse(path, name, there, here)
-        if origin not in OWN:  # the next checkpoint names it, too
+        if origin in OWN:
+            config = replace(config, block_size=model.config.block_size)
+        else:  # the next checkpoint names it, too
             config = replace(config, init_from=origin)
         return Start(in_shape_of(model, config), model, None, checkpoint)
     if origin in OWN:

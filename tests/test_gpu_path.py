@@ -133,6 +133,15 @@ def test_auto_asks_about_the_device_that_is_used(monkeypatch):
     assert runtime.resolve_dtype("auto", torch.device("cuda:1")) == torch.float32
 
 
+def test_more_processes_than_gpus_are_refused_with_the_number_of_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in (("RANK", "5"), ("LOCAL_RANK", "5"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="torch finds 4 GPUs here; use --nproc_per_node=4"):
+        Processes()
+
+
 def test_deterministic_reaches_a_gpu(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)

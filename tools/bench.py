@@ -48,7 +48,7 @@ PHASE2, PHASE3, GPT2 = (f"config/{name}.py" for name in ("phase2_bpe", "phase3_g
 RUNS = dict(ladder=PHASE2, loader=PHASE3, throughput=PHASE2, generate=GPT2, gpu=PHASE3)
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=2, compile=False)
 # Tokens per second that training phase 3 takes: estimated from the generated code, not measured.
-CONSUMERS = {"one A100 trains (estimate)": 205_000, "one H100 trains (estimate)": 440_000}
+CONSUMERS = {"an A100 trains phase 3 (estimate)": 205_000, "an H100 (estimate)": 440_000}
 PARTS = ["forward_us", "backward_us", "optimizer_us", "data_us"]  # microseconds per token
 
 
@@ -58,7 +58,7 @@ class BenchConfig:
 
     what: Literal["ladder", "loader", "throughput", "generate", "gpu"] = "ladder"  # what to measure
     rounds: int = 3  # measurements of each side (gpu: one)
-    seconds: float = 10.0  # a measurement starts no call after that
+    seconds: float = 10.0  # stop repeating a measurement after this many seconds
     nanogpt: str = ""  # folder of a copy of nanoGPT, to measure it too
     transformers: bool = False  # generate: measure transformers too
     new_tokens: int = 200  # generate: tokens to write

@@ -230,6 +230,7 @@ def find_file(data: str) -> Path:
     return path
 
 
+@runtime.explain_out_of_memory()
 def main(config: EvaluateConfig) -> None:
     device = runtime.resolve_device(config.device)
     dtype = runtime.resolve_dtype(config.dtype, device)

@@ -5,7 +5,7 @@
 
 AutoModelForCausalLM and AutoTokenizer load the first folder, and so do vLLM, llama.cpp's converter
 and lm-evaluation-harness. The second has a checkpoint for sample.py without the optimizer's state,
-which is two thirds of a checkpoint.
+which is more than half of a checkpoint.
 """
 
 from configurator import UserError, configure, run

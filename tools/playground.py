@@ -343,7 +343,7 @@ class Playground:
         loaded, text = self.checkpoints.load(fields["checkpoint"]), fields["text"]
         config, ids = loaded.model.config, loaded.tokenizer.encode(text)
         limit = math.isqrt(LARGEST_MAPS // (2 * config.n_layer * config.n_head))
-        shown = ids[: min(fields["count"], config.block_size, limit)]
+        shown = ids[: max(0, min(fields["count"], config.block_size, limit))]
         if len(shown) < 2:
             length = f"{len(ids)} token{'s' * (len(ids) != 1)}"
             raise UserError(f"{text!r} has {length}; attention needs at least 2")

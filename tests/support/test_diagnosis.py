@@ -103,12 +103,37 @@ def test_a_gradient_that_is_not_finite_is_named(tiny_run, monkeypatch):
     assert "first not finite: the gradient of transformer." in message
 
 
-def test_steps_that_the_float16_scaler_skips_are_no_errors(tiny_run, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_that_the_float16_scaler_skips_are_no_errors(tiny_run, monkeypatch, optimizer):
     before_step(monkeypatch, 3, lambda trainer: trainer.scaler.update(new_scale=2.0**40))
-    out_dir = tiny_run(dtype="float16")
+    out_dir = tiny_run(dtype="float16", optimizer=optimizer)
     norms = [r["grad_norm"] for r in logged(out_dir) if "loss" in r]
     assert norms[2] is not None and norms[3] is None
     assert all(p.isfinite().all() for p in weights(out_dir).values())
+
+
+@pytest.mark.parametrize("name", ["wpe", "h.0.mlp.c_fc"])
+def test_one_gradient_that_overflows_in_float16_skips_the_step_of_both_optimizers(
+    tiny_trainer, name
+):
+    """AdamW has the positions and Muon the matrix of the MLP."""
+    trainer = tiny_trainer(dtype="float16", optimizer="muon")
+
+    def state_after(step: int) -> list[torch.Tensor]:
+        trainer.train_step(step, lr=0.01)
+        moments = [s for o in trainer.optimizers for s in o.state.values()]
+        return [p.detach().clone() for p in trainer.model.parameters()] + [
+            value.clone() for each in moments for value in each.values()
+        ]
+
+    before = state_after(0)
+    weight = trainer.model.transformer.get_submodule(name).weight
+    hook = weight.register_hook(lambda gradient: gradient * math.inf)
+    assert all(map(torch.equal, before, state_after(1)))
+    hook.remove()
+    after = state_after(2)
+    assert all(value.isfinite().all() for value in after)
+    assert not any(map(torch.equal, before, after))
 
 
 def test_gradients_that_no_scale_of_float16_makes_finite_end_the_run(tiny_run, monkeypatch):

@@ -62,6 +62,37 @@ def test_two_processes_never_hold_one_folder(tmp_path):
     assert os.name == "nt" or not list(tmp_path.glob(".*.lock"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_a_file_has_the_permissions_that_the_user_gives_to_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "file", b"new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("system", ["Windows", "Linux"])
+def test_on_windows_a_write_waits_for_the_readers_of_the_file(tmp_path, monkeypatch, system):
+    errors, replace = [PermissionError("a reader"), PermissionError("a scanner")], os.replace
+
+    def replace_later(*paths):
+        if errors:
+            raise errors.pop()
+        replace(*paths)
+
+    monkeypatch.setattr(files.platform, "system", lambda: system)
+    monkeypatch.setattr(files.os, "replace", replace_later)
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    if system == "Linux":  # where it means that the folder may not be changed
+        with pytest.raises(UserError, match="can not be written"):
+            write(tmp_path / "file", b"new")
+        assert list(tmp_path.iterdir()) == []
+    else:
+        write(tmp_path / "file", b"new")
+        assert (tmp_path / "file").read_bytes() == b"new"
+
+
 def test_what_killed_writes_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "ckpt.pt.abcd1234.tmp").write_bytes(b"half")
     (tmp_path / "notes.tmp").write_bytes(b"mine")

@@ -237,6 +237,12 @@ def test_a_meta_pkl_is_not_read(tmp_path):
     assert f"--dataset={tmp_path.name}" in str(error.value)
 
 
+def test_an_interrupted_preparation_is_not_taken_for_nanogpts_data(dataset):
+    (dataset / "meta.json").rename(dataset / "progress.json")
+    with pytest.raises(UserError, match=r"meta\.json: no such file; run a prepare script"):
+        data.Dataset(dataset, block_size=2)
+
+
 def test_a_config_file_for_nanogpt_is_accepted_unchanged(tmp_path):
     """It has every name that nanoGPT's own config files use, imports and expressions."""
     (tmp_path / "theirs.py").write_text(

@@ -12,8 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, logged, options
 
+import sample
 import train
 from support import runtime
+from tools import evaluate
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -105,6 +107,14 @@ def test_running_out_of_memory_says_what_to_set(tiny_run, monkeypatch, error):
     words = "out of memory at batch_size=4; .* gradient_accumulation_steps=2 by the same factor"
     with pytest.raises(UserError, match=words):
         tiny_run()
+
+
+@pytest.mark.parametrize("program", [sample, evaluate])
+def test_a_model_that_does_not_fit_is_no_traceback(monkeypatch, program):
+    monkeypatch.setattr(program, "load_model", lambda *_: torch.empty(1 << 55))
+    config = sample.SampleConfig() if program is sample else evaluate.EvaluateConfig()
+    with pytest.raises(UserError, match="out of memory; use a smaller batch or model, or --device"):
+        program.main(config)
 
 
 def test_other_errors_are_not_called_out_of_memory():

@@ -55,6 +55,13 @@ def test_options_of_the_shape_that_have_their_default_come_from_the_checkpoint(
     assert_same_run(whole, out_dir)
 
 
+def test_a_context_longer_than_the_default_comes_from_the_checkpoint(tiny_run, monkeypatch):
+    tiny_run(max_iters=1)
+    monkeypatch.setattr(train.TrainConfig.__dataclass_fields__["block_size"], "default", 8)
+    resumed = tiny_run(init_from="resume", max_iters=2, block_size=8)
+    assert load_checkpoint(resumed / "ckpt.pt")[1]["train_config"]["block_size"] == 16
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
