@@ -102,14 +102,8 @@ class TrainConfig:
         counts = ("eval_interval", "log_interval", "sample_tokens", "batch_size", "block_size")
         counts += ("n_layer", "n_head", "n_embd", "gradient_accumulation_steps")
         check_range(self, 1, 1 << 31, *counts)
-        amounts = (
-            "eval_iters",
-            "target_val_loss",
-            "sample_interval",
-            "checkpoint_interval",
-            "seed",
-        )
-        amounts += ("max_iters", "muon_lr", "weight_decay", "grad_clip", "warmup_iters")
+        amounts = ("eval_iters", "target_val_loss", "sample_interval", "checkpoint_interval")
+        amounts += ("seed", "max_iters", "muon_lr", "weight_decay", "grad_clip", "warmup_iters")
         amounts += ("lr_decay_iters", "min_lr", "pad_vocab_to", "dollars_per_hour")
         check_range(self, 0, 1 << 31, *amounts)
         check_range(self, 0, 0.99, "dropout")
