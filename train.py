@@ -79,6 +79,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
     learning_rate: float = 6e-4  # AdamW: peak learning rate
     muon_lr: float = 0.02  # Muon: peak learning rate
+    muon_momentum: float = 0.95  # Muon: decay of the running mean of gradients
     max_iters: int = 600000  # steps
     weight_decay: float = 0.1  # pull of matrices towards 0; biases and LayerNorms have none
     beta1: float = 0.9  # AdamW: decay of the running mean of gradients
@@ -107,7 +108,7 @@ class TrainConfig:
         amounts += ("lr_decay_iters", "min_lr", "pad_vocab_to", "dollars_per_hour")
         check_range(self, 0, 1 << 31, *amounts)
         check_range(self, 0, 0.99, "dropout")
-        check_range(self, 0, 0.99999, "beta1", "beta2")
+        check_range(self, 0, 0.99999, "beta1", "beta2", "muon_momentum")
         check_range(self, 1e-12, 1e6, "learning_rate")
         if not self.init_from:
             raise UserError("init_from is empty; use scratch, resume, auto or a pretrained GPT-2")

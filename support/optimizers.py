@@ -22,7 +22,8 @@ def make_optimizers(model: GPT, config, dtype: torch.dtype) -> list[torch.optim.
     groups, optimizers = param_groups(model), []
     matrices = groups["hidden"] + groups["embedding"]
     if config.optimizer == "muon":
-        optimizers.append(Muon(groups["hidden"], config.muon_lr, config.weight_decay, dtype))
+        rates = (config.muon_lr, config.weight_decay, config.muon_momentum)
+        optimizers.append(Muon(groups["hidden"], *rates, dtype))
         matrices = groups["embedding"]
     adamw_groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
@@ -57,7 +58,7 @@ class Muon(torch.optim.Optimizer):
     found_inf: Tensor | None = None  # 1: step() changes nothing, as in torch's fused AdamW
 
     def __init__(
-        self, params, lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
+        self, params, lr: float, weight_decay: float, momentum: float, dtype: torch.dtype
     ) -> None:
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype  # of the matrix products

@@ -6,16 +6,17 @@ import torch
 from support.optimizers import Muon, orthogonalize
 
 
+@pytest.mark.parametrize("momentum", [0.95, 0.8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_muon_takes_the_steps_of_torchs_muon(dtype):
+def test_muon_takes_the_steps_of_torchs_muon(dtype, momentum):
     """In bfloat16 exactly; in float32 as close as the rounding of torch's bfloat16 allows."""
     torch.manual_seed(0)
     shapes = [(48, 16), (16, 16), (48, 16), (16, 64), (64, 16), (16, 16)]
     start = [torch.randn(shape) for shape in shapes]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
     optimizers = (
-        Muon(ours, lr=0.1, weight_decay=0.2, dtype=dtype),
-        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2),
+        Muon(ours, lr=0.1, weight_decay=0.2, momentum=momentum, dtype=dtype),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=momentum),
     )
     for _ in range(10):
         for a, b in zip(ours, theirs, strict=True):
@@ -39,11 +40,12 @@ def test_orthogonalize_moves_all_singular_values_close_to_1():
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest_at_proportional_rates(
     tiny_trainer,
 ):
-    trainer = tiny_trainer(optimizer="muon", muon_lr=0.5, learning_rate=0.1)
+    trainer = tiny_trainer(optimizer="muon", muon_lr=0.5, muon_momentum=0.8, learning_rate=0.1)
     muon, adamw = trainer.optimizers
     assert type(muon) is Muon and type(adamw) is torch.optim.AdamW
     in_muon = {p for group in muon.param_groups for p in group["params"]}
     assert in_muon == {p for p in trainer.model.transformer.h.parameters() if p.dim() == 2}
+    assert muon.param_groups[0]["momentum"] == 0.8
     groups = muon.param_groups + adamw.param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
     trainer.train_step(0, lr=0.02)
