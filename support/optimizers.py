@@ -88,7 +88,10 @@ class Muon(torch.optim.Optimizer):
 
     def unless_skipped(self, new: Tensor, old: Tensor) -> Tensor:
         """Return `new`, or `old` in a step that found_inf skips."""
-        return new if self.found_inf is None else torch.where(self.found_inf > 0, old, new)
+        skip = self.found_inf
+        if skip is None or skip.device.type == "cpu":  # nothing to wait for
+            return old if skip else new
+        return torch.where(skip > 0, old, new)
 
 
 def orthogonalize(x: Tensor) -> Tensor:
