@@ -1,35 +1,39 @@
-# Phase 1 in half a minute: a first look, as good as the run for CPUs in nanoGPT's README.
+# Phase 1 in some 20 seconds: a first look, as good as the run for CPUs in nanoGPT's README.
 #
 #     python prepare_shakespeare.py
 #     python train.py config/phase1_quick.py
 #
-# The model of phase 1 with half the context: a step costs less, and at first such a small model
-# learns mostly from the last few characters.
+# Half the width and half the context of phase 1: in so little time a small model, which reads more
+# text, learns more than a large one.
 
 dataset = "shakespeare_char"
 out_dir = "out/phase1_quick"
 
 n_layer = 2
 n_head = 4
-n_embd = 128
+n_embd = 64
 block_size = 64
 
-# 16 * 64 = 1,024 tokens per step, 0.4 epochs in all. Compiling would take longer than these steps.
-batch_size = 16
+# 32 * 64 = 2,048 tokens per step, 0.65 epochs in all. Compiling would take longer than these steps.
+batch_size = 32
 gradient_accumulation_steps = 1
-max_iters = 420
+max_iters = 320
 compile = False
 
-# Many small steps at high rates, which fall to zero at the end
+# High rates, which fall to zero at the end. With so few steps, a shorter memory than Muon's usual
+# 0.95 is better: by 0.03 to 0.05 in trials.
 optimizer = "muon"
-muon_lr = 0.04
-learning_rate = 8e-3
-warmup_iters = 20
+muon_lr = 0.08
+muon_momentum = 0.9
+learning_rate = 2e-2
+warmup_iters = 10
 lr_schedule = "linear"
 min_lr = 0.0
 
+# A third of val.bin, spread over the file, is enough for a first look.
 eval_interval = max_iters
+eval_iters = 16
 sample_interval = max_iters
 sample_start = "ROMEO:"
 sample_tokens = 120
-log_interval = 42
+log_interval = 32
