@@ -262,7 +262,6 @@ class Trainer:
         """
         c = self.config
         batches = batches or [self.micro_batch(step, micro) for micro in self.micros]
-        hold = torch.where(self.failed_step >= 0, math.inf, 1.0)  # infinity: the scaler skips it
         loss = torch.zeros((), device=self.device)
         for i, (x, y) in enumerate(batches):
             self.seed_dropout(step, self.micros[i])
@@ -270,7 +269,7 @@ class Trainer:
                 self.ddp.require_backward_grad_sync = i == len(batches) - 1
             with runtime.autocast(self.device, self.dtype):
                 micro_loss = self.step_model(x, y)[1] / len(batches)
-            (self.scaler.scale(micro_loss) * hold).backward()
+            self.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         loss, stop = self.processes.mean(torch.stack((loss, torch.full_like(loss, stop))))
 

@@ -20,8 +20,8 @@ gradient_accumulation_steps = 1
 max_iters = 320
 compile = False
 
-# High rates, which fall to zero at the end. With so few steps, a shorter memory than Muon's usual
-# 0.95 is better: by 0.03 to 0.05 in trials.
+# High rates, which fall to zero at the end. In such a short run a Muon momentum of 0.9 is better
+# than the usual 0.95: in trials the loss was 0.03 to 0.05 lower.
 optimizer = "muon"
 muon_lr = 0.08
 muon_momentum = 0.9
@@ -30,7 +30,8 @@ warmup_iters = 10
 lr_schedule = "linear"
 min_lr = 0.0
 
-# A third of val.bin, spread over the file, is enough for a first look.
+# Evaluate on 16 * 32 = 512 of the 1,743 sequences of val.bin, spread over the file: enough for a
+# first look. All of them: python -m tools.evaluate --out_dir=out/phase1_quick
 eval_interval = max_iters
 eval_iters = 16
 sample_interval = max_iters

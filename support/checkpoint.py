@@ -125,7 +125,7 @@ def build_model(config: GPTConfig | dict, weights: dict) -> GPT:
 
 
 def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> None:
-    """Restore the optimizers' states, but keep this run's learning rates and weight decays.
+    """Restore the optimizers' states, but keep this run's rates, weight decays and momenta.
 
     Raises UserError when the states do not belong to these optimizers.
     """

@@ -47,7 +47,7 @@ def atomic_write(path: Path, size: int = 0) -> Iterator:
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`. On Windows, wait while another program reads `path`."""
+    """Rename `temporary` to `path`. On Windows, wait up to 14 s for programs that read `path`."""
     for seconds in (0.1, 0.3, 1, 3, 10):
         try:
             os.replace(temporary, path)

@@ -83,14 +83,15 @@ def test_on_windows_a_write_waits_for_the_readers_of_the_file(tmp_path, monkeypa
 
     monkeypatch.setattr(files.platform, "system", lambda: system)
     monkeypatch.setattr(files.os, "replace", replace_later)
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    waits = []
+    monkeypatch.setattr(files.time, "sleep", waits.append)
     if system == "Linux":  # where it means that the folder may not be changed
         with pytest.raises(UserError, match="can not be written"):
             write(tmp_path / "file", b"new")
-        assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.iterdir()) == waits == []
     else:
         write(tmp_path / "file", b"new")
-        assert (tmp_path / "file").read_bytes() == b"new"
+        assert (tmp_path / "file").read_bytes() == b"new" and waits == [0.1, 0.3]
 
 
 def test_what_killed_writes_left_is_removed_and_nothing_else(tmp_path):

@@ -30,6 +30,21 @@ def test_muon_takes_the_steps_of_torchs_muon(dtype, momentum):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
+class OnGpu(torch.Tensor):
+    """A tensor with values that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_on_a_gpu_muon_chooses_between_old_and_new_without_reading_found_inf(skip):
+    muon = Muon([torch.nn.Parameter(torch.zeros(2, 2))], 0.1, 0.0, 0.95, torch.float32)
+    muon.found_inf = torch.tensor(skip).as_subclass(OnGpu)
+    old, new = torch.zeros(2, 2), torch.ones(2, 2)
+    chosen = muon.unless_skipped(new, old)
+    assert torch.equal(chosen.as_subclass(torch.Tensor), old if skip else new)
+
+
 def test_orthogonalize_moves_all_singular_values_close_to_1():
     x = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalize(x))
