@@ -94,7 +94,7 @@ class TrainConfig:
     # system
     seed: int = 1337  # random seed of weights, batches, dropout and samples
     device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # type of matrix products
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model
     deterministic: bool = False  # on a GPU: ask torch for the same bits in every run
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # communication of torch.distributed
@@ -284,11 +284,11 @@ class Trainer:
             finite &= grad_norm.isfinite()
         self.failed_step = torch.where((self.failed_step < 0) & ~finite, step, self.failed_step)
 
-        skip = (self.failed_step >= 0) | ~grad_norm.isfinite()
+        skip = ((self.failed_step >= 0) | ~grad_norm.isfinite()).float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * lr / c.learning_rate
-            optimizer.found_inf = skip.float()  # 1: step() changes nothing
+            optimizer.found_inf = skip  # 1: step() changes nothing
             optimizer.step()
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)

@@ -16,7 +16,7 @@ n_head = 5
 n_embd = 320
 block_size = 256
 
-# 2 * 16 * 256 = 8,192 tokens per step. A GPU is faster with --batch_size=256
+# 2 * 16 * 256 = 8,192 tokens per step. A GPU should be faster with --batch_size=256
 # --gradient_accumulation_steps=1 --max_iters=612 --warmup_iters=12 --compile=True.
 batch_size = 16
 gradient_accumulation_steps = 2

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from support.data import TOKEN, read_meta, write_meta
-from support.files import atomic_write, free_bytes
+from support.files import atomic_write, free_bytes, replace
 from support.tokenizer import END_OF_TEXT, BPETokenizer
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
@@ -260,7 +260,7 @@ def finish(folder: Path, progress: Progress, tokenizer: BPETokenizer) -> dict:
     for path in (folder / "train.bin.part", folder / "val.bin.part"):
         if path.exists():
             Part(path, progress).file.close()  # checks the sha256
-            os.replace(path, folder / path.stem)
+            replace(path, folder / path.stem)
     done = {"text_bytes": progress.text_bytes, "documents": progress.counts}
     write_meta(folder, tokenizer, progress.val_bytes, progress.options | done)
     for name in ("progress.json", "seen.part", "tokenizer.json"):

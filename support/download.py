@@ -13,7 +13,7 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from support.files import file_sha256
+from support.files import file_sha256, replace
 
 TIMEOUT = 30  # seconds without a byte
 PAUSE = 1.0  # seconds before the second attempt; doubles before every further one
@@ -48,7 +48,7 @@ def download(url: str, path: Path, sha256: str = "", size: int = 0, tries: int =
         while failures < tries:
             try:
                 fetch_rest(session, url, part, sha256, size)
-                os.replace(part, path)
+                replace(part, path)
                 return
             except (requests.RequestException, urllib3.exceptions.HTTPError, TryAgain) as error:
                 reason, asked = short_reason(error), getattr(error, "seconds", 0)
