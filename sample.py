@@ -62,6 +62,8 @@ def main(config: SampleConfig) -> None:
     prompt = torch.tensor([tokenizer.encode(start)], device=device)  # (1, T)
     if config.compile:
         model.compile()
+    else:
+        runtime.pack_weights(model)
     options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
     generator = torch.Generator(device).manual_seed(config.seed)
     for n in range(config.num_samples):

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 import torch
+from torch import Tensor, nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -102,6 +103,39 @@ def keep_freed_memory() -> None:
         if mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD: never; older versions refuse
             mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: never
             mallopt(-2, 1 << 28)  # M_TOP_PAD: few but large requests to the system
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, for inference only, with its weights in the order that oneDNN reads fastest.
+
+    The two operations are torch's own but undocumented: torch.compile uses them.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Make a model on an x86 CPU write faster; elsewhere do nothing. It can not train any more.
+
+    Each token that is written reads all weights once, and packed weights are read at 19 to 28 GB/s
+    instead of 12 to 18. Small ones are in the cache anyway.
+    """
+    weight = next(model.parameters())
+    on_x86 = weight.device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
+    native = weight.dtype in (torch.float32, resolve_dtype("auto", weight.device))
+    if not (on_x86 and native and torch.backends.mkldnn.is_available()):
+        return
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear) and layer.weight.numel() > 100_000:
+                setattr(module, name, PackedLinear(layer))
 
 
 def peak_memory(device: torch.device) -> int:

@@ -274,6 +274,8 @@ def time_writing(side: str, dtype: str, B: int, config: BenchConfig, options: Tr
     else:
         model = gpt.GPT(c) if side == "ours" else build_original(Path(config.nanogpt), c)
     model = model.to(device, runtime.DTYPES[dtype]).eval()
+    if side == "ours":
+        runtime.pack_weights(model)
     prompt = torch.zeros(B, 1, dtype=torch.int64, device=device)
     write = partial(model.generate, prompt, max_new_tokens=n, **settings)  # turns gradients off
     seconds = median_seconds(lambda: list(write()), device, config.seconds)

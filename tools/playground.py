@@ -40,7 +40,7 @@ from sample import SampleConfig
 from support import tokenizer as tokenizers
 from support.checkpoint import load_checkpoint
 from support.log import given_out_dirs, read_log
-from support.runtime import resolve_device
+from support.runtime import pack_weights, resolve_device
 
 MODEL_LOCK = threading.Lock()  # requests run in threads; one at a time observes or changes a model
 LARGEST_REQUEST = 1_000_000  # bytes
@@ -114,6 +114,7 @@ class Checkpoints:
             if path not in self.loaded or self.loaded[path][0] != version:
                 model, checkpoint = load_checkpoint(Path(path))
                 model.to(self.device).eval()
+                pack_weights(model)  # as in sample.py
                 tokenizer = tokenizers.from_dict(checkpoint["tokenizer"])
                 start = checkpoint.get("train_config", {}).get("sample_start", "\n")
                 loaded = Loaded(Path(path), model, tokenizer, checkpoint["step"], start)

@@ -11,6 +11,7 @@ import math
 from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -25,14 +26,22 @@ class ScalingConfig:
     """Draw bits per byte over compute for one or more runs."""
 
     out_dir: str = "out/phase1_char"  # folder of a run; repeat the option for more runs
+    compare_optimizers: bool = False  # draw only ends, and join the best one of each size
     picture: str = "out/scaling.png"  # file to write
 
 
-def read_curve(out_dir: Path) -> tuple[list[float], list[float], str]:
-    """Return the floating-point operations and bits per byte of a run's evaluations, and a label.
+class Curve(NamedTuple):
+    """The evaluations of a run after its first step."""
 
-    Evaluations before the first step spent nothing and are left out.
-    """
+    name: str
+    parameters: float  # in millions
+    optimizer: str
+    flops: list[float]  # floating-point operations of the training so far
+    bits: list[float]  # bits per byte of val.bin
+
+
+def read_curve(out_dir: Path) -> Curve:
+    """Return the curve of a run. Raises UserError if it has no evaluation after a step yet."""
     model, checkpoint = load_checkpoint(out_dir / "ckpt.pt")
     options, T = checkpoint["train_config"], model.config.block_size
     meta = load_meta(Path("data") / options["dataset"])
@@ -44,18 +53,50 @@ def read_curve(out_dir: Path) -> tuple[list[float], list[float], str]:
         raise UserError(f"{out_dir}: has no evaluation after step 0 yet; train longer")
     flops = [r["step"] * flops_per_step for r in evaluations]
     bits = [r["val_loss"] / math.log(2) * tokens_per_byte for r in evaluations]
-    label = f"{out_dir.name}: {model.num_params() / 1e6:.1f} million parameters"
-    return flops, bits, label
+    return Curve(out_dir.name, model.num_params() / 1e6, options["optimizer"], flops, bits)
 
 
-def draw_curves(curves: list[tuple[list[float], list[float], str]]) -> Figure:
+def draw_curves(curves: list[Curve]) -> Figure:
     """Return a figure with a line per run and its last value."""
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for flops, bits, label in curves:
-        [line] = axes.plot(flops, bits, marker=".", label=label)
+    figure, axes = draw_axes()
+    for name, parameters, _, flops, bits in curves:
+        [line] = axes.plot(flops, bits, marker=".", label=f"{name}: {parameters:.1f} million")
         style = dict(xytext=(0, 8), textcoords="offset points", color=line.get_color())
         axes.annotate(f"{bits[-1]:.2f}", (flops[-1], bits[-1]), **style)
+    axes.legend(title="run and parameters")
+    return figure
+
+
+def draw_optimizers(curves: list[Curve]) -> Figure:
+    """Return a figure with a line per optimizer through the best run of each size.
+
+    A pale dot is the end of another run.
+    """
+    figure, axes = draw_axes()
+    for optimizer in sorted({curve.optimizer for curve in curves}):
+        runs = [curve for curve in curves if curve.optimizer == optimizer]
+        sizes = sorted({curve.parameters for curve in runs})
+        best = [
+            min((c for c in runs if c.parameters == n), key=lambda c: c.bits[-1]) for n in sizes
+        ]
+        ends = [c.flops[-1] for c in best], [c.bits[-1] for c in best]
+        [line] = axes.plot(*ends, marker="o", label=optimizer)
+        color = line.get_color()
+        axes.plot(
+            [c.flops[-1] for c in runs], [c.bits[-1] for c in runs], ".", color=color, alpha=0.4
+        )
+        for curve, x, y in zip(best, *ends, strict=True):
+            text = f"{curve.parameters:.1f} million: {y:.2f}"
+            axes.annotate(text, (x, y), xytext=(6, 4), textcoords="offset points", color=color)
+    axes.margins(x=0.2)
+    axes.legend(title="optimizer")
+    return figure
+
+
+def draw_axes() -> tuple:
+    """Return an empty figure and its axes: bits per byte over compute."""
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
     axes.set_xscale("log")
     axes.set(
         xlabel="training compute (floating-point operations)",
@@ -63,16 +104,19 @@ def draw_curves(curves: list[tuple[list[float], list[float], str]]) -> Figure:
         title="The loss falls with compute",
     )
     axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
+    return figure, axes
 
 
 def main(config: ScalingConfig) -> None:
     """Draw the picture and print the last point of each run."""
     curves = [read_curve(Path(out_dir)) for out_dir in given_out_dirs(config.out_dir)]
-    for flops, bits, label in curves:
-        print(f"{label}: {bits[-1]:.4f} bits per byte after {flops[-1]:.2e} operations")
-    save_figure(draw_curves(curves), Path(config.picture))
+    for name, parameters, optimizer, flops, bits in curves:
+        print(
+            f"{name}: {parameters:.1f} million parameters, {optimizer}: {bits[-1]:.4f} bits per "
+            f"byte after {flops[-1]:.2e} operations"
+        )
+    draw = draw_optimizers if config.compare_optimizers else draw_curves
+    save_figure(draw(curves), Path(config.picture))
     print(f"drawn in {config.picture}")
 
 

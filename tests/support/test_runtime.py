@@ -1,6 +1,8 @@
 """Device, dtype, compiling, memory and signals."""
 
+import copy
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from conftest import ROOT, logged, options
 
 import sample
 import train
+from model import GPT, GPTConfig
 from support import runtime
 from tools import evaluate
 
@@ -80,6 +83,43 @@ def test_compiled_and_plain_runs_have_the_same_losses(tiny_run, capsys):
     assert "\ncompiled in" in capsys.readouterr().out
     for a, b in zip(plain, compiled, strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+def packed_layers(model: GPT) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, runtime.PackedLinear)]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 packs weights")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_model_computes_what_torch_linear_computes(bias):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=500, block_size=64, n_layer=2, n_head=4, n_embd=256, bias=bias)
+    model = GPT(GPTConfig(**shape)).eval()
+    for p in model.parameters():  # biases and LayerNorms, too
+        torch.nn.init.normal_(p, std=0.05)
+    packed = copy.deepcopy(model)
+    runtime.pack_weights(packed)
+    large = ["attn.c_attn", "mlp.c_fc", "mlp.c_proj"]
+    blocks = [f"transformer.h.{i}.{name}" for i in range(2) for name in large]
+    assert packed_layers(packed) == [*blocks, "lm_head"]
+    for B, T in [(1, 1), (8, 1), (3, 64)]:
+        idx = torch.randint(500, (B, T))
+        torch.testing.assert_close(packed(idx)[0], model(idx)[0], rtol=1e-4, atol=1e-5)
+    texts = [torch.cat(list(m.generate(idx[:, :5], 80, temperature=0))) for m in (model, packed)]
+    assert torch.equal(*texts)
+
+
+def test_weights_are_packed_only_where_that_is_known_to_work(monkeypatch):
+    def layers(dtype=torch.float32, device="cpu"):
+        model = GPT(GPTConfig(vocab_size=500, n_layer=1, n_embd=256, n_head=4)).to(device, dtype)
+        runtime.pack_weights(model)
+        return len(packed_layers(model))
+
+    assert layers(torch.float16) == layers(device="meta") == 0
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert layers(torch.bfloat16) == 0  # computed in software: see is_emulated
+    monkeypatch.setattr(runtime.platform, "machine", lambda: "arm64")
+    assert layers() == 0
 
 
 def test_median_seconds_is_the_middle_of_five_calls(monkeypatch):
