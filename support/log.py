@@ -204,7 +204,14 @@ def claim_folder(out_dir: Path, resumed: bool, is_first: bool = True) -> Iterato
         return
     with lock_folder(out_dir, seconds=60 if "RANK" in os.environ else 0):
         if not resumed and (out_dir / "ckpt.pt").exists():
-            aside = set_aside(out_dir.resolve())
+            folder = out_dir.resolve()
+            if Path.cwd().is_relative_to(folder):
+                raise UserError(
+                    f"out_dir={out_dir} is or contains the folder that you are in, and it has an "
+                    "earlier run; choose another, as in --out_dir=out/mine"
+                )
+            aside = set_aside(folder)
+            folder.mkdir()  # if out_dir is a link, it would otherwise lead nowhere
             print(f"the earlier run is now in {aside}; to continue a run, use --init_from=resume")
         yield
 

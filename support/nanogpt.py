@@ -79,7 +79,9 @@ def build_original(folder: Path, config: GPTConfig) -> nn.Module:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    model = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names}))
+    shape = {name: getattr(config, name) for name in names}
+    shape["vocab_size"] = config.pad_vocab_to or config.vocab_size
+    model = module.GPT(module.GPTConfig(**shape))
     if not config.tie_weights:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model

@@ -32,9 +32,9 @@ class Start(NamedTuple):
 def starting_point(config, processes: Processes) -> Start:
     """Load the model that config.init_from names, if any.
 
-    A resumed run takes its shape from the checkpoint. An option that says otherwise, and not by its
-    default, is refused. A pretrained model has its own shape whatever the options say, but the run
-    may use a shorter context and its own dropout.
+    A resumed run takes its shape from the checkpoint. An option with another value is refused,
+    unless that is its default: then probably nobody gave the option. A pretrained model has its own
+    shape whatever the options say, but the run may use a shorter context and its own dropout.
     """
     path, origin = Path(config.out_dir) / "ckpt.pt", config.init_from
     if origin == "resume" or (origin == "auto" and path.exists()):

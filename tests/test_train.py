@@ -279,6 +279,25 @@ def test_a_new_run_keeps_an_earlier_one(tiny_run, capsys):
     assert [path.read_bytes() for path in paths] == contents
 
 
+def test_an_earlier_run_in_the_current_folder_is_not_overwritten(tiny_run):
+    first = (tiny_run(out_dir=".", max_iters=1) / "ckpt.pt").read_bytes()
+    for out_dir in (".", "", str(Path.cwd())):
+        with pytest.raises(UserError, match="the folder that you are in, and it has an earlier"):
+            tiny_run(out_dir=out_dir, max_iters=2)
+    assert Path("ckpt.pt").read_bytes() == first
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets only administrators make links")
+def test_a_run_folder_may_be_a_link(tiny_run, tmp_path):
+    Path("drive").mkdir()
+    Path("out").mkdir()
+    Path("out/link").symlink_to(Path("drive").resolve(), target_is_directory=True)
+    contents = [
+        (tiny_run(seed=n, max_iters=1, out_dir="out/link") / "ckpt.pt").read_bytes() for n in (0, 1)
+    ]
+    assert [Path(f"{name}/ckpt.pt").read_bytes() for name in ("drive.1", "drive")] == contents
+
+
 def test_saving_waits_for_its_interval_and_for_100_times_its_duration(tiny_trainer, monkeypatch):
     trainer = tiny_trainer()
     now = trainer.saved_at

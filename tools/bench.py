@@ -114,7 +114,7 @@ def plain_gelu(x: Tensor, form: str = "tanh") -> Tensor:
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """AdamW that never skips a step: only the fused one can be told to on the device."""
+    """AdamW that never skips a step: only the fused form obeys the found_inf of train_step."""
 
     def step(self) -> None:
         self.found_inf = None
@@ -266,7 +266,14 @@ def time_writing(side: str, dtype: str, B: int, config: BenchConfig, options: Tr
     c = model_config(replace(options, pad_vocab_to=0), config.vocab_size or 50_257)
     n, device, settings = config.new_tokens, resolve_device(options.device), {}
     if side == "transformers":
-        from transformers import GPT2Config, GPT2LMHeadModel  # only the tests need this package
+        try:
+            from transformers import GPT2Config, GPT2LMHeadModel
+        except ImportError:
+            raise UserError(
+                "transformers is missing; run: pip install -r tests/requirements.txt"
+            ) from None
+        if n > c.block_size:
+            raise UserError(f"new_tokens={n}: transformers writes at most {c.block_size}")
 
         shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size)
         model = GPT2LMHeadModel(GPT2Config(n_positions=c.block_size, **shape))
@@ -295,7 +302,7 @@ def generate(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
 # GPU: all of the above on a new GPU, and a short training
 def train_and_resume(options: TrainConfig, steps: int) -> dict:
     """Train and save. Then compare a step with the same step of a run that resumed there."""
-    trainer = make_trainer(options)
+    trainer = make_trainer(replace(options, log_interval=steps))  # to explain a NaN at the end
     started = runtime.now(trainer.device)
     done = [trainer.train_step(step, learning_rate(step, options)) for step in range(steps)]
     seconds = (runtime.now(trainer.device) - started) / steps
@@ -336,7 +343,10 @@ def gpu(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
 
 # What all of them use
 def make_trainer(options: TrainConfig, **way) -> Trainer:
-    """Return a compiled Trainer that computes in this way, which changes model.py until the end."""
+    """Return a Trainer that computes as `way` says, compiled if the options ask for it.
+
+    It replaces functions of model.py for the rest of the process.
+    """
     way = FAST | way
     gpt.attention, gpt.gelu = way["attention"], way["gelu"]
     changes = {name: way[name] for name in ("dtype", "compile") if way.get(name) is not None}
@@ -389,7 +399,9 @@ def draw_bars(title: str, rows: list[dict], parts: list[str], note: str):
         axes.axvline(value, color=f"C{i + 1}", ls="--", label=label)
         axes.set_xscale("log")
     axes.invert_yaxis()  # the first row at the top
-    axes.set_xlim(right=max(ends) * (20 if note == "hours" else 1.25))  # space for the notes
+    axes.set_xlim(
+        right=max(ends, default=1) * (20 if note == "hours" else 1.25)
+    )  # space for the notes
     axes.set_title(title)
     axes.legend(fontsize=8)
     return figure
@@ -405,6 +417,7 @@ def cell(key: str, value: str | float) -> str:
     return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + unit
 
 
+@runtime.explain_out_of_memory()
 def main(config: BenchConfig) -> None:
     benchmark = {f.__name__: f for f in (ladder, loader, throughput, generate, gpu)}[config.what]
     path = config.config or RUNS[config.what]
@@ -438,15 +451,15 @@ def main(config: BenchConfig) -> None:
     to = Path(config.to) / config.what
     with atomic_write(to.with_suffix(".jsonl")) as file:
         file.writelines(json.dumps(record).encode() + b"\n" for record in (about, *rows))
-    figure = draw_bars(title, [row for row in rows if parts[0] in row], parts, note)
-    figure.supxlabel(f"{about['machine']}, {about['date']}", fontsize=7, color="0.4")
-    save_figure(figure, to.with_suffix(".png"))
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[cell(key, row.get(key, "")) for key in keys] for row in rows]
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print(
         markdown_table([key.replace("_", " ") for key in keys], cells, set(range(1, len(keys) - 1)))
     )
+    figure = draw_bars(title, [row for row in rows if parts[0] in row], parts, note)
+    figure.supxlabel(f"{about['machine']}, {about['date']}", fontsize=7, color="0.4")
+    save_figure(figure, to.with_suffix(".png"))
     print(f"{to}.jsonl and {to}.png have the results")
 
 

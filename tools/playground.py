@@ -40,7 +40,7 @@ from sample import SampleConfig
 from support import tokenizer as tokenizers
 from support.checkpoint import load_checkpoint
 from support.log import given_out_dirs, read_log
-from support.runtime import pack_weights, resolve_device
+from support.runtime import resolve_device
 
 MODEL_LOCK = threading.Lock()  # requests run in threads; one at a time observes or changes a model
 LARGEST_REQUEST = 1_000_000  # bytes
@@ -114,7 +114,6 @@ class Checkpoints:
             if path not in self.loaded or self.loaded[path][0] != version:
                 model, checkpoint = load_checkpoint(Path(path))
                 model.to(self.device).eval()
-                pack_weights(model)  # as in sample.py
                 tokenizer = tokenizers.from_dict(checkpoint["tokenizer"])
                 start = checkpoint.get("train_config", {}).get("sample_start", "\n")
                 loaded = Loaded(Path(path), model, tokenizer, checkpoint["step"], start)
@@ -196,7 +195,7 @@ def continue_with(
 def write(
     loaded: Loaded, options: SampleConfig, written: list[int], choice: int | None = None
 ) -> Iterator[dict]:
-    """Yield each token of the text that sample.py prints with these options.
+    """Yield each token of the text that sample.py prints with these options and dtype=float32.
 
     The text has got as far as the token ids `written`, and a `choice` comes next. A text written in
     parts is the text written at once, because the random numbers of the parts before are skipped.
@@ -346,6 +345,8 @@ class Playground:
         limit = math.isqrt(LARGEST_MAPS // (2 * config.n_layer * config.n_head))
         shown = ids[: max(0, min(fields["count"], config.block_size, limit))]
         if len(shown) < 2:
+            if len(ids) >= 2:
+                raise UserError("choose at least 2 tokens to show; attention needs 2")
             length = f"{len(ids)} token{'s' * (len(ids) != 1)}"
             raise UserError(f"{text!r} has {length}; attention needs at least 2")
         idx = torch.tensor([shown], device=next(loaded.model.parameters()).device)

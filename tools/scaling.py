@@ -26,7 +26,7 @@ class ScalingConfig:
     """Draw bits per byte over compute for one or more runs."""
 
     out_dir: str = "out/phase1_char"  # folder of a run; repeat the option for more runs
-    compare_optimizers: bool = False  # draw only ends, and join the best one of each size
+    compare_optimizers: bool = False  # only last values; a line joins the best of each size
     picture: str = "out/scaling.png"  # file to write
 
 
@@ -45,6 +45,11 @@ def read_curve(out_dir: Path) -> Curve:
     model, checkpoint = load_checkpoint(out_dir / "ckpt.pt")
     options, T = checkpoint["train_config"], model.config.block_size
     meta = load_meta(Path("data") / options["dataset"])
+    if checkpoint["dataset"] and checkpoint["dataset"] != meta["sha256"]:
+        raise UserError(
+            f"{out_dir}: data/{options['dataset']} was prepared again since this run; prepare it "
+            "as for the run"
+        )
     tokens_per_byte = meta["val_tokens"] / meta["val_bytes"]
     sequences = options["gradient_accumulation_steps"] * options["batch_size"]
     flops_per_step = model.flops_per_token(T) * sequences * T
@@ -70,7 +75,7 @@ def draw_curves(curves: list[Curve]) -> Figure:
 def draw_optimizers(curves: list[Curve]) -> Figure:
     """Return a figure with a line per optimizer through the best run of each size.
 
-    A pale dot is the end of another run.
+    A pale dot is the last value of a run, also of one that is not the best of its size.
     """
     figure, axes = draw_axes()
     for optimizer in sorted({curve.optimizer for curve in curves}):

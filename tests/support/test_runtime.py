@@ -153,8 +153,14 @@ def test_running_out_of_memory_says_what_to_set(tiny_run, monkeypatch, error):
 def test_a_model_that_does_not_fit_is_no_traceback(monkeypatch, program):
     monkeypatch.setattr(program, "load_model", lambda *_: torch.empty(1 << 55))
     config = sample.SampleConfig() if program is sample else evaluate.EvaluateConfig()
-    with pytest.raises(UserError, match="out of memory; use a smaller batch or model, or --device"):
+    with pytest.raises(UserError, match="out of memory; use a smaller model, block_size or batch"):
         program.main(config)
+
+
+def test_a_batch_of_one_is_not_to_be_divided():
+    words = "out of memory; use a smaller model, block_size or batch"
+    with pytest.raises(UserError, match=words), runtime.explain_out_of_memory(1, 2):
+        raise MemoryError
 
 
 def test_other_errors_are_not_called_out_of_memory():

@@ -229,6 +229,10 @@ def test_with_a_time_limit_a_failure_is_a_row_and_the_rest_is_measured():
         bench.measure(sides, rounds=1)
 
 
+def test_a_picture_without_a_single_measurement_is_drawn():
+    assert bench.draw_bars("nothing", [], ["ms"], "ms").axes[0].patches[:] == []
+
+
 def test_sides_are_measured_in_turn_and_each_time_in_a_new_process(monkeypatch):
     monkeypatch.undo()
     called, pids, real = [], [], bench.in_child

@@ -340,7 +340,7 @@ def test_the_maps_are_those_of_all_layers_and_heads(page):
 def test_the_maps_of_many_heads_show_fewer_tokens(page, monkeypatch):
     assert len(ask_for_attention(page, "3 times", count=4)["labels"]) == 4
     negative = ask_for_attention(page, "3 times 4 is 12. " * 5, count=-5)
-    assert "attention needs at least 2" in negative["error"]
+    assert negative["error"] == "choose at least 2 tokens to show; attention needs 2"
     monkeypatch.setattr(playground, "LARGEST_MAPS", 2 * 2 * 2 * 5 * 5 + 1)
     answer = ask_for_attention(page, "3 times")
     assert len(answer["labels"]) == 5 and answer["count"] == 7

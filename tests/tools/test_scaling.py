@@ -1,5 +1,6 @@
 """The picture of loss over compute."""
 
+import json
 import math
 import sys
 from configurator import UserError
@@ -35,6 +36,14 @@ def test_a_curve_has_the_operations_and_the_bits_per_byte_of_each_evaluation(tin
 def test_a_run_that_has_only_begun_is_named(tiny_run):
     out_dir = tiny_run(max_iters=0)
     with pytest.raises(UserError, match="no evaluation after step 0 yet; train longer"):
+        scaling.read_curve(out_dir)
+
+
+def test_bits_per_byte_are_not_computed_with_another_data_set(tiny_run, dataset):
+    out_dir, meta = tiny_run(), json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
+    meta["sha256"]["train.bin"] = "0" * 64
+    (dataset / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    with pytest.raises(UserError, match="data/tiny was prepared again since this run"):
         scaling.read_curve(out_dir)
 
 
