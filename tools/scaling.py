@@ -29,6 +29,12 @@ class ScalingConfig:
     compare_optimizers: bool = False  # only last values; a line joins the best of each size
     picture: str = "out/scaling.png"  # file to write
 
+    def __post_init__(self) -> None:
+        if not Path(self.picture).name:
+            raise UserError(
+                f"picture={self.picture!r} is not a file; use --picture=out/scaling.png"
+            )
+
 
 class Curve(NamedTuple):
     """The evaluations of a run after its first step."""

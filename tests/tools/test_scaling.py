@@ -47,6 +47,11 @@ def test_bits_per_byte_are_not_computed_with_another_data_set(tiny_run, dataset)
         scaling.read_curve(out_dir)
 
 
+def test_a_picture_without_a_name_is_refused():
+    with pytest.raises(UserError, match="picture='' is not a file"):
+        scaling.ScalingConfig(picture="")
+
+
 def test_every_run_is_a_line_and_is_printed(tiny_run, monkeypatch, capsys, tmp_path):
     runs = [tiny_run(out_dir=f"out/{name}", n_layer=n) for name, n in (("small", 1), ("large", 2))]
     curves = [scaling.read_curve(out_dir) for out_dir in runs]
