@@ -99,8 +99,8 @@ def draw_optimizers(curves: list[Curve]) -> Figure:
         for curve, x, y in zip(best, *ends, strict=True):
             text = f"{curve.parameters:.1f} million: {y:.2f}"
             axes.annotate(text, (x, y), xytext=(6, 4), textcoords="offset points", color=color)
-    axes.margins(x=0.2)
-    axes.legend(title="optimizer")
+    axes.margins(x=0.3)  # for the words
+    axes.legend(title="optimizer", loc="lower left")
     return figure
 
 
