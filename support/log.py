@@ -211,7 +211,7 @@ def claim_folder(out_dir: Path, resumed: bool, is_first: bool = True) -> Iterato
                     "earlier run; choose another, as in --out_dir=out/mine"
                 )
             aside = set_aside(folder)
-            folder.mkdir()  # if out_dir is a link, it would otherwise lead nowhere
+            folder.mkdir(exist_ok=True)  # if out_dir is a link, it would otherwise lead nowhere
             print(f"the earlier run is now in {aside}; to continue a run, use --init_from=resume")
         yield
 
