@@ -159,8 +159,8 @@ def explain_out_of_memory(batch_size: int = 0, accumulation: int = 0) -> Iterato
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # As a CPU says it; as CUDA and mps do; and as mps says it of a single large tensor.
-        words = ("allocate memory", "out of memory", "Invalid buffer size")
+        # As a CPU says it, also on Windows; as CUDA and mps do; and mps of a single large tensor.
+        words = ("allocate memory", "not enough memory", "out of memory", "Invalid buffer size")
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
         message = "out of memory; use a smaller model, block_size or batch, or --device=cpu"

@@ -23,6 +23,8 @@ from support.processes import Processes
 
 ROOT = Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = str(ROOT)  # for the programs that tests start
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about a CPU, also where there is a GPU
+torch.backends.mps.is_available = lambda: False
 
 # A shell ignores these two in the background, and so would all programs that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,7 +43,7 @@ TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(
 def dataset(tmp_path, monkeypatch) -> Path:
     """The folder data/tiny, prepared from TEXT. The working directory is the parent of data/."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "tiny.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     prepare_shakespeare.main(prepare_shakespeare.PrepareConfig(input="tiny.txt", dataset="tiny"))
     return tmp_path / "data" / "tiny"
 
@@ -65,6 +67,7 @@ def tiny_run(dataset):
         learning_rate=1e-2,
         min_lr=1e-3,
         compile=False,
+        device="cpu",
     )
 
     def run(**changed) -> Path:
@@ -110,13 +113,18 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert logged(a) == logged(b)
 
 
+# The same examples in every run, and no time limit: a busy machine is no fault of the code.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("tests")
+
+
 # Damaged files. A test with @many_examples runs with 60 of them, and its slow twin with 600.
 
 
 def examples(count: int) -> settings:
-    return settings(
-        max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-    )
+    return settings(max_examples=count)
 
 
 many_examples = pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from configurator import UserError
 
 import pytest
 import requests
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import download as module
@@ -222,9 +222,7 @@ def test_an_answer_that_is_not_http_ends_in_one_readable_line(canned, tmp_path):
     assert "Connection(" not in str(error.value) and "\n" not in str(error.value)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.sampled_from([500, "cut", "long", "extra", "ignore", "shift", "silent", "wrong"]),

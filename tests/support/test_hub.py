@@ -550,7 +550,7 @@ def test_mutated_json_files_end_in_one_line_or_in_a_model(tmp_path, examples):
     make_folder(tmp_path)
     whole = {name: (tmp_path / name).read_bytes() for name in ("config.json", "tokenizer.json")}
 
-    @settings(max_examples=examples, deadline=None)
+    @settings(max_examples=examples)
     @given(st.data())
     def check(data):
         name = data.draw(st.sampled_from(sorted(whole)))
@@ -604,7 +604,7 @@ def finetune(hub, folder, monkeypatch):
     `gpt2` is the small model, and Shakespeare is TEXT.
     """
     monkeypatch.setattr(BPETokenizer, "gpt2", lambda: read_tokenizer(folder))
-    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    Path("text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     prepare_shakespeare.main(prepare_shakespeare.PrepareConfig(input="text.txt", tokenizer="gpt2"))
 
     def run(**changed) -> Path:

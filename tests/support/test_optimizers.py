@@ -58,14 +58,15 @@ def test_orthogonalize_moves_all_singular_values_close_to_1():
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest_at_proportional_rates(
     tiny_trainer,
 ):
-    trainer = tiny_trainer(optimizer="muon", muon_lr=0.5, muon_momentum=0.8, learning_rate=0.1)
+    rates = dict(muon_lr=0.5, muon_momentum=0.8, learning_rate=0.1, weight_decay=0.3)
+    trainer = tiny_trainer(optimizer="muon", **rates)
     muon, adamw = trainer.optimizers
     assert type(muon) is Muon and type(adamw) is torch.optim.AdamW
     in_muon = {p for group in muon.param_groups for p in group["params"]}
     assert in_muon == {p for p in trainer.model.transformer.h.parameters() if p.dim() == 2}
     assert muon.param_groups[0]["momentum"] == 0.8
     groups = muon.param_groups + adamw.param_groups
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.3, 0.0]
     trainer.train_step(0, lr=0.02)
     assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.02, 0.02])
 
