@@ -42,7 +42,7 @@ def configure(cls: type, argv: list[str] | None = None):
         sys.exit(0)
     try:
         return read_options(cls, argv)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: the name of a config file is too long
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 

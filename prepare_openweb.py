@@ -7,8 +7,7 @@
 
 One file after the other (a shard) is downloaded, cleaned, tokenized, appended to the token files
 and deleted. After an interruption, the same command continues and gives the same bytes. Documents
-are kept whole and end with <|endoftext|>; repeated documents are dropped.
-The environment variable HF_ENDPOINT names a mirror of the Hugging Face hub.
+end with <|endoftext|>. Repeated ones are dropped, and a long .txt is cut every 100,000 characters.
 """
 
 import json
@@ -100,7 +99,7 @@ def main(config: PrepareConfig) -> None:
             if number >= progress.shards and not progress.complete:
                 fetch(path, url)
                 writer.add_shard(path, tokenizer, last=number == len(shards) - 1)
-            if url and not config.keep_shards:
+            if url and not config.keep_shards and number < progress.shards:
                 path.unlink(missing_ok=True)
         meta = corpus.finish(folder, progress, tokenizer)
     train, val = meta["train_tokens"], meta["val_tokens"]
@@ -116,7 +115,8 @@ def list_shards(config: PrepareConfig) -> dict[Path, str]:
         names = [name.format(number) for number in range(count)]
         return {Path("data/cache", config.source, n): hub_url(f"{folder}/{n}") for n in names}
     paths = []
-    for name in [config.input] if Path(config.input).exists() else config.input.split(","):
+    names = [config.input] if os.path.exists(config.input) else config.input.split(",")
+    for name in filter(None, names):
         path = Path(name)
         found = [p for p in [path, *sorted(path.rglob("*"))] if p.is_file()]
         found = [p for p in found if p.name.endswith(corpus.SUFFIXES)]
@@ -141,12 +141,15 @@ def is_prepared(folder: Path, options: dict) -> bool:
     """Return whether the data set is there, made with the same options from the same files."""
     if (folder / "progress.json").exists() or not (folder / "meta.json").exists():
         return False
-    change = "a damaged meta.json"
-    with suppress(UserError, AttributeError):
-        source = read_meta(folder / "meta.json")["source"]
-        change = corpus.difference({name: source.get(name) for name in options}, options)
+    change = "damaged files"
+    with suppress(UserError, AttributeError, OSError):
+        meta = read_meta(folder / "meta.json")
+        sizes = {name: 2 * meta[f"{name}_tokens"] for name in ("train", "val")}
+        if all((folder / f"{name}.bin").stat().st_size == size for name, size in sizes.items()):
+            before = {name: meta["source"].get(name) for name in options}
+            change = corpus.difference(before, options)
     again = f"was prepared with {change}; preparing it again ..."
-    print(folder, again if change else "is there already; remove it to make it anew")
+    print(folder, again if change else "is there already; remove it to prepare it again")
     return not change
 
 
@@ -165,7 +168,9 @@ def load_tokenizer(path: Path, config: PrepareConfig, shards: dict[Path, str]) -
     """Return the data set's tokenizer. At the first start, choose or train it and write `path`."""
     if not path.exists():
         if config.tokenizer == "bpe":
-            print(f"training a tokenizer of {config.vocab_size:,} tokens on 32 MB of text ...")
+            print(
+                f"training a tokenizer of {config.vocab_size:,} tokens on up to 32 MB of text ..."
+            )
             tokenizer = BPETokenizer.train(training_sample(config, shards), config.vocab_size)
         elif config.tokenizer == "gpt2":
             tokenizer = BPETokenizer.gpt2()

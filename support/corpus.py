@@ -30,7 +30,7 @@ from support.files import atomic_write, free_bytes, replace
 from support.tokenizer import END_OF_TEXT, BPETokenizer
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
-TXT_DOCUMENT = 100_000  # characters after which a text file is split at the next end of a line
+TXT_DOCUMENT = 100_000  # characters; a longer text file is split, if possible at ends of lines
 HUGE = 1_000_000  # characters of a document that is not kept waiting in memory beside others
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1 without tab and newline
 PARTS = ("train.bin", "val.bin", "seen")  # seen: the hash of every document, 8 bytes each
@@ -45,7 +45,7 @@ def read_documents(path: Path, column: str) -> Iterator[bytes]:
             return
         with pa.input_stream(str(path), compression=compression) as stream:
             # Bytes that are not UTF-8 pass as surrogates; `clean` counts and replaces them.
-            lines = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="\n")
+            lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="\n")
             jsonl = ".jsonl" in path.suffixes
             yield from read_jsonl(path, lines, column) if jsonl else read_txt(lines)
     except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeError) as error:
@@ -114,11 +114,11 @@ class Progress:
 
     options: dict  # those that decide the content; the next run must have the same
     shards: int  # number of files that are done
-    complete: bool  # nothing is left to do but to give the files their names
+    complete: bool  # only the renaming of the files is left
     text_bytes: int
     val_bytes: int
     counts: dict  # of documents that were read, kept, dropped, ...
-    lengths: dict  # of each of PARTS: the number of bytes that count
+    lengths: dict  # of each of PARTS: the number of bytes that are valid
     sha256: dict  # of each of PARTS: the checksum of these bytes
 
     def save(self, folder: Path) -> None:
@@ -160,7 +160,7 @@ def difference(then: dict, now: dict) -> str:
 
 
 class Part:
-    """A file that grows, and its sha256. Of an older file, only the bytes that count are kept."""
+    """A file that grows, and its sha256. Of an older file, only the valid bytes are kept."""
 
     def __init__(self, path: Path, progress: Progress) -> None:
         self.hash, left = hashlib.sha256(), progress.lengths[path.stem]
@@ -235,7 +235,7 @@ class Writer:
         return "val.bin" if for_val else "train.bin"
 
     def save(self, complete: bool) -> None:
-        """From now on the shard counts. `complete`: it was the last one."""
+        """Record on the disk that the shard is done. `complete`: no other shard follows."""
         progress = self.progress
         for name, part in self.parts.items():
             part.file.flush()
@@ -256,7 +256,6 @@ class Writer:
 
 def finish(folder: Path, progress: Progress, tokenizer: BPETokenizer) -> dict:
     """Give the complete files their names and write meta.json. Can be repeated."""
-    (folder / "meta.json").unlink(missing_ok=True)
     for path in (folder / "train.bin.part", folder / "val.bin.part"):
         if path.exists():
             Part(path, progress).file.close()  # checks the sha256
@@ -275,6 +274,6 @@ def explain_disk(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason, free = f"{error.filename or folder}: {error.strerror or error}", free_bytes(folder)
-        if error.errno == errno.ENOSPC and free > 1e8:  # then it is not the bytes
+        if error.errno == errno.ENOSPC and free > 1e8:  # then there is room for bytes
             reason += f"; {free / 1e6:,.0f} MB are free, but the number of files may have a limit"
         raise UserError(f"{reason}; fix it, then the same command continues") from error

@@ -171,7 +171,8 @@ def inspect_bin(path: Path) -> tuple[str, int]:
     with open(path, "rb") as file:
         while chunk := file.read(1 << 24):
             sha256.update(chunk)
-            largest = max(largest, int(np.frombuffer(chunk, dtype=TOKEN).max()))
+            ids = np.frombuffer(chunk, dtype=TOKEN, count=len(chunk) // TOKEN.itemsize)
+            largest = max(largest, int(ids.max(initial=0)))
     return sha256.hexdigest(), largest
 
 
@@ -183,11 +184,10 @@ def write_dataset(
 ) -> None:
     """Write the three files from two lists of token ids.
 
-    meta.json is removed first and written last, so that it never describes other files.
+    meta.json is written last. Until then readers notice that the sha256 in an old one is wrong.
     """
     if tokenizer.vocab_size > 1 << 16:
         raise UserError(f"vocab_size={tokenizer.vocab_size} does not fit uint16; at most 65,536 do")
-    (folder / "meta.json").unlink(missing_ok=True)
     for name, ids in (("train.bin", train), ("val.bin", val)):
         with atomic_write(folder / name) as file:
             file.write(np.array(ids, dtype=TOKEN).tobytes())
@@ -198,7 +198,9 @@ def write_meta(folder: Path, tokenizer: Tokenizer, val_bytes: int, source: dict)
     """Write meta.json for the train.bin and val.bin that are in `folder`."""
     meta = make_meta(folder, tokenizer, val_bytes, source)
     with atomic_write(folder / "meta.json") as file:
-        file.write(json.dumps(meta, indent=2, ensure_ascii=False).encode())
+        # A file's name may have bytes that are not UTF-8; JSON has an escape for them.
+        text = json.dumps(meta, indent=2, ensure_ascii=False)
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def make_meta(folder: Path, tokenizer: Tokenizer, val_bytes: int, source: dict) -> dict:

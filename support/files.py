@@ -88,7 +88,8 @@ def lock_folder(folder: Path, seconds: float = 0) -> Iterator[None]:
 
 def free_bytes(path: Path) -> int:
     """Return the free space, in bytes, of the disk where `path` is or will be."""
-    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+    existing = next((p for p in (path, *path.absolute().parents) if p.exists()), None)
+    return shutil.disk_usage(existing).free if existing else 0  # Windows: a drive may not exist
 
 
 def file_sha256(path: Path) -> str:
@@ -102,6 +103,6 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # without the mark that Windows may write
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None

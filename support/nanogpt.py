@@ -25,8 +25,8 @@ def convert(checkpoint: dict) -> dict:
     # torch.compile adds a prefix, and without flash attention nanoGPT stores the causal masks, too.
     weights = {n.removeprefix("_orig_mod."): w for n, w in checkpoint["model"].items()}
     weights = {n: w for n, w in weights.items() if not n.endswith(".attn.bias")}
-    # Optimizers number their parameters: nanoGPT's all matrices, then all vectors; ours the
-    # matrices of the blocks, the embeddings, then all vectors. The head is the token embedding.
+    # An optimizer's state numbers the parameters. nanoGPT's order: all matrices, then all vectors.
+    # Ours: the matrices of the blocks, the embeddings, then all vectors.
     theirs = sorted((n for n in weights if n != "lm_head.weight"), key=lambda n: -weights[n].dim())
     ours = sorted(theirs, key=lambda n: (-weights[n].dim(), ".h." not in n))
     state = checkpoint["optimizer"]["state"]

@@ -21,7 +21,7 @@ def write_report(out_dir: Path) -> str:
             title = f"Step {r['step']:,}, epoch {r['epoch']:.3g}"
             parts.append(f"\n## {title}\n\n```text\n{r['sample']}\n```")
     with atomic_write(out_dir / "samples.md") as file:
-        file.write(("\n".join(parts) + "\n").encode())
+        file.write(("\n".join(parts) + "\n").encode("utf-8", "backslashreplace"))
     return table
 
 

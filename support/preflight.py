@@ -3,7 +3,7 @@
     python train.py config/phase1_char.py --preflight
 
 Each check takes the Trainer and returns whether the run is sound, and what it measured. Checks
-leave the run's folder as it was, and need no more memory than the run itself.
+leave the run's files as they were. On a GPU they need no more memory than the run itself.
 """
 
 import math
@@ -34,6 +34,8 @@ def run_checks(trainer) -> None:
     """Print a line per check and then the cost. Raises UserError if a check fails."""
     if trainer.processes.distributed:
         raise UserError("preflight=True needs a single process; run it without torchrun")
+    if trainer.config.block_size < 2:
+        raise UserError("preflight=True needs block_size=2 or more")
     failed = []
     trainer.model.eval()  # no dropout
     for name, check in CHECKS.items():

@@ -52,8 +52,8 @@ class Processes:
             store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
             store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
             options |= {"store": store, "rank": self.rank, "world_size": self.count}
-        # Short for the meeting, where a restarted worker may wait for an address that is dead. Long
-        # for the run, where rank 0 may download a model or write a file while the others wait.
+        # The timeout is short while the processes connect, because a restarted worker may wait for
+        # a dead address. Later it is long: rank 0 may download a model while the others wait.
         dist.init_process_group(backend, timeout=timedelta(minutes=2), **options)
         dist.distributed_c10d._set_pg_timeout(timedelta(hours=1))
 

@@ -113,6 +113,7 @@ def test_options_are_frozen():
         ("--limit=[1]", ["limit", "[1]", "an integer or None"]),
         ("--rate=" + "(" * 9999, ["rate", "a number"]),
         ("missing.py", ["missing.py", "no such config file"]),
+        ("To be, " * 99, ["To be, "]),  # too long for a name of a file
         ("-steps=3", ["-steps=3", "did you mean 'steps'"]),
     ],
 )

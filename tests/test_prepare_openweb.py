@@ -189,6 +189,39 @@ def test_keep_shards_keeps_the_downloads(hub, server):
     assert [path for path, _ in server.requests] == []
 
 
+def test_another_data_set_deletes_only_the_downloads_that_it_used(hub):
+    run(keep_shards=True)
+    run(dataset="small", size="100KB")
+    left = sorted(path.name for path in Path("data/cache/openwebtext").glob("*.parquet"))
+    assert "train-00.parquet" not in left and "train-05.parquet" in left
+
+
+def test_a_data_set_with_a_damaged_file_is_prepared_again(hub, capsys):
+    before, path = contents(run()), Path("data/openweb/train.bin")
+    path.write_bytes(path.read_bytes()[:-2])
+    assert contents(run()) == before
+    path.unlink()
+    assert contents(run()) == before
+    assert capsys.readouterr().out.count("was prepared with damaged files; preparing it") == 2
+
+
+def test_a_list_of_files_may_end_in_a_comma_and_be_long(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"a_long_name_of_a_file_{n:03}.txt" for n in range(12)]
+    for name in names:
+        Path(name).write_text(f"{name} " * 20, encoding="utf-8")
+    Path("other.txt").write_text("not in the list " * 20, encoding="utf-8")
+    shards = prepare.list_shards(prepare.PrepareConfig(input=",".join(names) + ","))
+    assert list(shards) == [Path(name) for name in names]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_not_text(tmp_path, name):
+    line = "text" if name == "a.txt" else '{"text": "text"}'
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\n")
+    assert b"".join(corpus.read_documents(tmp_path / name, "text")).strip() == b"text"
+
+
 def test_faults_of_the_server_do_not_change_the_result(hub, server):
     expected = contents(run())
     server.headers = {}
@@ -621,13 +654,13 @@ def test_a_damaged_meta_json_is_replaced(half_done, capsys):
     before = contents(run(input="texts", dataset="mine"))
     (half_done / "meta.json").write_bytes(b"{")
     assert contents(run(input="texts", dataset="mine")) == before
-    assert "damaged meta.json; preparing it again" in capsys.readouterr().out
+    assert "was prepared with damaged files; preparing it again" in capsys.readouterr().out
 
 
 def test_the_training_of_the_tokenizer_is_announced(half_done, capsys):
     run(input="texts", dataset="new")
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "training a tokenizer of 400 tokens on 32 MB of text ..."
+    assert first == "training a tokenizer of 400 tokens on up to 32 MB of text ..."
 
 
 MEMORY = """

@@ -229,6 +229,13 @@ def test_ids_that_are_not_gpt2s_need_a_meta_json(tmp_path):
         data.Dataset(tmp_path, block_size=2)
 
 
+def test_half_a_token_id_ends_in_one_line(tmp_path):
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(bytes(99))
+    with pytest.raises(UserError, match=r"has no meta\.json"):
+        data.Dataset(tmp_path, block_size=2)
+
+
 def test_a_meta_pkl_is_not_read(tmp_path):
     for name in ("train.bin", "val.bin", "meta.pkl"):
         (tmp_path / name).write_bytes(b"\x80\x04 some pickle")

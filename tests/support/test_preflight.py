@@ -175,6 +175,11 @@ def test_each_line_is_printed_before_the_next_check_starts(tiny_trainer, monkeyp
     assert "FAIL b: stop here" in capsys.readouterr().out
 
 
+def test_a_context_of_one_token_is_refused(tiny_trainer):
+    with pytest.raises(UserError, match="preflight=True needs block_size=2 or more"):
+        preflight.run_checks(tiny_trainer(block_size=1))
+
+
 def test_the_first_line_comes_before_the_data_set_is_read(tiny_run):
     command = [sys.executable, ROOT / "train.py", *options(tiny_run, preflight=True, dataset="no")]
     done = subprocess.run(command, capture_output=True, text=True)
