@@ -237,7 +237,8 @@ def play(parent: Path, make_commands, check) -> None:
     with ThreadPoolExecutor(2) as pool:
         counts = sum(pool.map(play_round, range(ROUNDS)), Counter())
     print(f"seed {SEED}, {ROUNDS} rounds, one process alone takes {seconds:.1f} s: {dict(counts)}")
-    for outcome in ("refused", "killed", "ended", "left unfinished"):
+    outcomes = ("refused", "killed", "ended", "left unfinished")
+    for outcome in outcomes if ROUNDS >= 20 else ():  # a few rounds may miss one by chance
         assert any(outcome in name for name in counts), f"nothing was {outcome}"
 
 
