@@ -168,9 +168,8 @@ def load_tokenizer(path: Path, config: PrepareConfig, shards: dict[Path, str]) -
     """Return the data set's tokenizer. At the first start, choose or train it and write `path`."""
     if not path.exists():
         if config.tokenizer == "bpe":
-            print(
-                f"training a tokenizer of {config.vocab_size:,} tokens on up to 32 MB of text ..."
-            )
+            size = f"{config.vocab_size:,} tokens"
+            print(f"training a tokenizer of {size} on up to 32 MB of text ...")
             tokenizer = BPETokenizer.train(training_sample(config, shards), config.vocab_size)
         elif config.tokenizer == "gpt2":
             tokenizer = BPETokenizer.gpt2()

@@ -52,6 +52,7 @@ def main(config: SampleConfig) -> None:
     """Load the model, encode the prompt, and print each text while it is written."""
     device = runtime.resolve_device(config.device)
     dtype = runtime.resolve_dtype(config.dtype, device)
+    # without the rest of the checkpoint, which would stay in memory
     model, tokenizer = load_model(config.init_from, config.out_dir, config.checkpoint)[:2]
     model.to(device, dtype)  # each token reads all weights: half the bytes is twice the speed
     start = config.start

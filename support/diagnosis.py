@@ -74,9 +74,8 @@ def first_not_finite(
         hook.remove()
     if not found and math.isfinite(loss.item()):
         loss.backward()
-        for name, p in reversed(
-            list(model.named_parameters())
-        ):  # in the order of the backward pass
+        # in the order of the backward pass
+        for name, p in reversed(list(model.named_parameters())):
             if p.grad is not None and not p.grad.isfinite().all():
                 found.append(f"the gradient of {name}")
         model.zero_grad(set_to_none=True)

@@ -399,9 +399,8 @@ def draw_bars(title: str, rows: list[dict], parts: list[str], note: str):
         axes.axvline(value, color=f"C{i + 1}", ls="--", label=label)
         axes.set_xscale("log")
     axes.invert_yaxis()  # the first row at the top
-    axes.set_xlim(
-        right=max(ends, default=1) * (20 if note == "hours" else 1.25)
-    )  # space for the notes
+    # space for the notes
+    axes.set_xlim(right=max(ends, default=1) * (20 if note == "hours" else 1.25))
     axes.set_title(title)
     axes.legend(fontsize=8)
     return figure
