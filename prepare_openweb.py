@@ -25,7 +25,7 @@ from typing import Literal
 from support import corpus
 from support.data import read_meta
 from support.download import download, hub_url, remote_size
-from support.files import atomic_write, free_bytes, lock_folder
+from support.files import atomic_write, free_bytes, lock_path
 from support.tokenizer import PIECES, BPETokenizer, from_dict
 
 # The revisions are fixed, because the content behind a name on the hub has changed before.
@@ -83,8 +83,8 @@ def parse_size(size: str) -> float:
 def main(config: PrepareConfig) -> None:
     """Make a tokenizer, add shard after shard, and give the token files their names."""
     folder, cache = Path("data", config.dataset), Path("data/cache", config.source)
-    downloads = nullcontext() if config.input else lock_folder(cache)
-    with corpus.explain_disk(folder), lock_folder(folder), downloads:
+    downloads = nullcontext() if config.input else lock_path(cache)
+    with corpus.explain_disk(folder), lock_path(folder), downloads:
         shards = list_shards(config)
         options = content_options(config, shards)
         if is_prepared(folder, options):

@@ -18,7 +18,7 @@ from typing import Literal
 
 from support.data import write_dataset
 from support.download import download
-from support.files import file_sha256, lock_folder, read_text
+from support.files import file_sha256, lock_path, read_text
 from support.plays import LENGTH, WHEEL, WHEEL_SHA256, read_plays
 from support.tokenizer import BPETokenizer, CharTokenizer
 
@@ -45,7 +45,7 @@ class PrepareConfig:
 def main(config: PrepareConfig) -> None:
     """Read the text, tokenize it, and write its beginning for training, its end for validation."""
     folder = Path("data") / config.dataset
-    with lock_folder(folder):
+    with lock_path(folder):
         if config.input:
             text, source = read_text(Path(config.input)), {"file": config.input}
         else:

@@ -13,10 +13,11 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from support.files import file_sha256, replace
+from support.files import file_sha256, lock_path, replace
 
 TIMEOUT = 30  # seconds without a byte
 PAUSE = 1.0  # seconds before the second attempt; doubles before every further one
+LONGEST_WAIT = 600.0  # seconds, while another process downloads the same file
 LONGEST_PAUSE = 60.0  # seconds, even if the server asks for more
 BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
 MOST_BYTES = 20 << 30  # no file that this project needs is larger
@@ -41,10 +42,11 @@ def download(url: str, path: Path, sha256: str = "", size: int = 0, tries: int =
     Checks the length, and the sha256 if it is given here or by the hub. `size`: expected length.
     Interrupted downloads resume. Raises UserError after `tries` attempts without a new byte.
     """
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    failures, most = 0, part.stat().st_size if part.exists() else 0
-    with open_session(url) as session:
+    part, missing = path.with_name(path.name + ".part"), not path.exists()
+    with lock_path(path, LONGEST_WAIT), open_session(url) as session:
+        if missing and path.exists():  # another process has brought it meanwhile
+            return
+        failures, most = 0, part.stat().st_size if part.exists() else 0
         while failures < tries:
             try:
                 fetch_rest(session, url, part, sha256, size)

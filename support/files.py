@@ -60,29 +60,29 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path, seconds: float = 0) -> Iterator[None]:
-    """Hold the only lock on `folder` inside the block, so that two processes never write there.
+def lock_path(path: Path, seconds: float = 0) -> Iterator[None]:
+    """Hold the only lock on a folder or file inside the block: two processes never write there.
 
-    Waits up to `seconds` for another process, then raises UserError. The lock is a file beside the
-    folder, which may be moved meanwhile. The system releases it when the process ends or is killed.
+    Waits up to `seconds` for another process, then raises UserError. The lock is a file beside it,
+    because a folder may be moved meanwhile. It ends with the process, even if that is killed.
     """
-    folder = folder.resolve()
-    path = folder.parent / f".{folder.name}.lock"
-    lock = FileLock(path)
+    path = path.resolve()
+    beside = path.parent / f".{path.name}.lock"
+    lock = FileLock(beside)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=seconds)
     except Timeout:
-        raise UserError(f"{folder}: another process is at work there; wait for it to end") from None
+        raise UserError(f"{path}: another process is at work there; wait for it to end") from None
     except OSError as error:
-        raise UserError(f"{folder}: can not be used ({error.strerror}); choose another") from error
-    for leftover in folder.glob("*.????????.tmp"):  # of an atomic_write that was killed
+        raise UserError(f"{path}: can not be used ({error.strerror}); choose another") from error
+    for leftover in path.glob("*.????????.tmp"):  # of an atomic_write that was killed
         leftover.unlink(missing_ok=True)
     try:
         yield
     finally:
         with suppress(OSError):  # Windows removes no open file
-            path.unlink()
+            beside.unlink()
         lock.release()
 
 

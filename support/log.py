@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support.files import atomic_write, free_bytes, lock_folder
+from support.files import atomic_write, free_bytes, lock_path
 from support.runtime import dtype_name, is_emulated
 
 
@@ -202,7 +202,7 @@ def claim_folder(out_dir: Path, resumed: bool, is_first: bool = True) -> Iterato
     if not is_first:
         yield
         return
-    with lock_folder(out_dir, seconds=60 if "RANK" in os.environ else 0):
+    with lock_path(out_dir, seconds=60 if "RANK" in os.environ else 0):
         if not resumed and (out_dir / "ckpt.pt").exists():
             folder = out_dir.resolve()
             if Path.cwd().is_relative_to(folder):

@@ -1,6 +1,8 @@
 """One process, or the several processes that torchrun started."""
 
+import atexit
 import os
+import sys
 from collections.abc import Callable
 from configurator import UserError
 from datetime import timedelta
@@ -72,7 +74,11 @@ class Processes:
             # DistributedDataParallel keeps gloo's threads alive, and a thread that holds a tensor
             # when Python ends aborts it (https://github.com/pytorch/pytorch/pull/179291).
             dist.barrier()
-        dist.destroy_process_group()
+            dist.destroy_process_group()
+            return
+        # Without such a meeting the threads may still be at work, so end as soon as the error is
+        # on the screen: to close the connections first may abort Python, or wait for the others.
+        atexit.register(end_at_once, 1)
         lost = isinstance(error, RuntimeError) and (
             "onnection" in str(error) or "gloo" in str(error)
         )
@@ -125,3 +131,9 @@ class Processes:
         result = function() if early else None
         self.gather("done")
         return result if early else function()
+
+
+def end_at_once(code: int) -> None:
+    """End this process without Python's own clean-up, which waits for threads."""
+    sys.stdout.flush()
+    os._exit(code)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import prepare_openweb as prepare
 from support import corpus, tokenizer
-from support.files import lock_folder
+from support.files import lock_path
 
 FILES = ("train.bin", "val.bin", "meta.json")
 
@@ -565,7 +565,7 @@ def test_a_second_process_ends_in_one_line_and_does_no_harm(hub, server):
 
 
 def test_two_data_sets_from_one_source_do_not_share_a_download(hub, server):
-    with lock_folder(Path("data/cache/openwebtext")), pytest.raises(UserError, match="cache"):
+    with lock_path(Path("data/cache/openwebtext")), pytest.raises(UserError, match="cache"):
         run()
 
 

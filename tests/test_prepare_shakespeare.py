@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, TEXT
 
 import prepare_shakespeare as prepare
-from support.files import lock_folder
+from support.files import lock_path
 
 CONTENT = TEXT.encode()
 
@@ -88,7 +88,7 @@ def test_a_second_process_ends_in_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "prepare_shakespeare.py"), "--input=my.txt"]
     options = {"cwd": tmp_path, "capture_output": True, "encoding": "utf-8"}
     folder = tmp_path / "data" / "shakespeare_char"
-    with lock_folder(folder):
+    with lock_path(folder):
         ended = subprocess.run(command, **options)
     assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1
     assert "another process is at work there" in ended.stderr and not folder.exists()

@@ -20,7 +20,7 @@ import prepare_shakespeare
 import train
 from support import data, log
 from support.checkpoint import load_checkpoint
-from support.files import lock_folder
+from support.files import lock_path
 
 REFUSAL = "another process is at work there"
 
@@ -47,9 +47,9 @@ def hold():
     code = """
 import sys, time
 from pathlib import Path
-from support.files import atomic_write, lock_folder
+from support.files import atomic_write, lock_path
 folder = Path(sys.argv[1])
-with lock_folder(folder), atomic_write(folder / "ckpt.pt") as file:
+with lock_path(folder), atomic_write(folder / "ckpt.pt") as file:
     file.write(bytes(1000))
     file.flush()
     print("working", flush=True)
@@ -299,7 +299,7 @@ def test_the_folder_stays_locked_until_the_report_is_written(tiny_run, monkeypat
     write_report = train.pictures.write_report
 
     def write_while_locked(out_dir):
-        with pytest.raises(UserError, match=REFUSAL), lock_folder(out_dir):
+        with pytest.raises(UserError, match=REFUSAL), lock_path(out_dir):
             pass
         return write_report(out_dir)
 

@@ -51,6 +51,18 @@ def test_a_download_resumes_after_the_program_was_killed(file, server, tmp_path)
     assert server.requests == [("/file", "bytes=1000-")]
 
 
+def test_two_downloads_of_the_same_file_are_one(file, server, tmp_path):
+    server.seconds_per_block = 0.05  # the second begins while the first is at work
+    path, fetch = tmp_path / "a", f"{server.url}/file"
+    two = [threading.Thread(target=download, args=(fetch, path)) for _ in range(2)]
+    for thread in two:
+        thread.start()
+    for thread in two:
+        thread.join(timeout=60)
+    assert path.read_bytes() == CONTENT
+    assert len(server.requests) == 1
+
+
 def test_a_complete_part_only_gets_its_name(file, tmp_path):
     (tmp_path / "file.part").write_bytes(CONTENT)
     assert file(tmp_path / "file") == CONTENT

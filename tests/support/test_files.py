@@ -7,7 +7,7 @@ from configurator import UserError
 import pytest
 
 from support import files
-from support.files import atomic_write, file_sha256, free_bytes, lock_folder, read_text
+from support.files import atomic_write, file_sha256, free_bytes, lock_path, read_text
 
 
 def write(path, content: bytes, error: Exception | None = None) -> None:
@@ -52,12 +52,12 @@ def test_missing_folders_are_made(tmp_path):
 
 def test_two_processes_never_hold_one_folder(tmp_path):
     folder = tmp_path / "out"
-    with lock_folder(folder):
+    with lock_path(folder):
         with pytest.raises(UserError, match="out: another process is at work there"):
-            lock_folder(folder).__enter__()
-        with lock_folder(tmp_path / "other"):
+            lock_path(folder).__enter__()
+        with lock_path(tmp_path / "other"):
             pass
-    with lock_folder(folder):
+    with lock_path(folder):
         pass
     assert os.name == "nt" or not list(tmp_path.glob(".*.lock"))
 
@@ -97,7 +97,7 @@ def test_on_windows_a_write_waits_for_the_readers_of_the_file(tmp_path, monkeypa
 def test_what_killed_writes_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "ckpt.pt.abcd1234.tmp").write_bytes(b"half")
     (tmp_path / "notes.tmp").write_bytes(b"mine")
-    with lock_folder(tmp_path):
+    with lock_path(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["notes.tmp"]
 
 

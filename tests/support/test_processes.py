@@ -107,7 +107,7 @@ def test_when_the_first_process_fails_the_other_prints_nothing(tiny_run):
     pipe = subprocess.PIPE
     two = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=e) for e in ranks]
     (_, error), other = (process.communicate(timeout=120) for process in two)
-    assert [process.returncode for process in two] == [1, 1]
+    assert [process.returncode for process in two] == [1, 1], error
     assert error.count("\n") == 1 and error.startswith("error: ") and "file" in error
     assert other == ("", "")
 
