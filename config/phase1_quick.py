@@ -1,4 +1,4 @@
-# Phase 1 in 10 to 20 seconds: a first look, as good as the run for CPUs in nanoGPT's README.
+# Phase 1 in less than half a minute: a first look, as good as the run for CPUs in nanoGPT's README.
 #
 #     python prepare_shakespeare.py
 #     python train.py config/phase1_quick.py

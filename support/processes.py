@@ -78,7 +78,7 @@ class Processes:
             return
         # Without such a meeting the threads may still be at work, so end as soon as the error is
         # on the screen: to close the connections first may abort Python, or wait for the others.
-        atexit.register(end_at_once, 1)
+        atexit.register(end_at_once)
         lost = isinstance(error, RuntimeError) and (
             "onnection" in str(error) or "gloo" in str(error)
         )
@@ -133,7 +133,7 @@ class Processes:
         return result if early else function()
 
 
-def end_at_once(code: int) -> None:
-    """End this process without Python's own clean-up, which waits for threads."""
+def end_at_once() -> None:
+    """End this process with exit code 1, without Python's clean-up, which waits for threads."""
     sys.stdout.flush()
-    os._exit(code)
+    os._exit(1)

@@ -53,8 +53,8 @@ def test_a_download_resumes_after_the_program_was_killed(file, server, tmp_path)
 
 def test_two_downloads_of_the_same_file_are_one(file, server, tmp_path):
     server.seconds_per_block = 0.05  # the second begins while the first is at work
-    path, fetch = tmp_path / "a", f"{server.url}/file"
-    two = [threading.Thread(target=download, args=(fetch, path)) for _ in range(2)]
+    path, url = tmp_path / "a", f"{server.url}/file"
+    two = [threading.Thread(target=download, args=(url, path)) for _ in range(2)]
     for thread in two:
         thread.start()
     for thread in two:
