@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.files import atomic_write, free_bytes, lock_path
-from support.runtime import dtype_name, is_emulated
+from support.runtime import dtype_name, is_slow
 
 
 class Log:
@@ -128,10 +129,15 @@ class Log:
             self.say(words)
 
     def say(self, line: str) -> None:
-        """Print a line above the progress bar."""
+        """Print a line above the progress bar. The run ends as by a signal if nobody reads it."""
         if self.is_first:
-            self.bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                self.bar.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # as with `| tee log`, which Ctrl-C ends before this process
+                os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+                sys.stdout.flush()
+                signal.raise_signal(signal.SIGTERM)
 
     def _record(self, step: int, **figures) -> None:
         if not self.is_first:
@@ -236,8 +242,8 @@ def describe(trainer) -> str:
     dtype = dtype_name(trainer.dtype)
     if trainer.device.type == "cuda" and dtype == "float32" and c.dtype == "auto":
         dtype = "float32 (this GPU has no bfloat16; --dtype=float16 is faster)"
-    if is_emulated(trainer.dtype, trainer.device):
-        dtype += " (this CPU has no bfloat16; --dtype=float32 is much faster)"
+    if is_slow(trainer.dtype, trainer.device):
+        dtype += " (float32 is faster on this CPU; use --dtype=auto)"
     return (
         f"{trainer.model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, "
         f"{c.n_embd} wide, context {c.block_size}, vocabulary {trainer.tokenizer.vocab_size:,}\n"

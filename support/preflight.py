@@ -254,8 +254,8 @@ def warnings(trainer, compiled: str, pass_seconds: float) -> list[str]:
     c, device, found = trainer.config, trainer.device, []
     if trainer.dtype == torch.float32 != runtime.resolve_dtype("auto", device):
         found.append("float32 is slower than this device's bfloat16; use --dtype=auto")
-    if runtime.is_emulated(trainer.dtype, device):
-        found.append("bfloat16 is computed in software; use --dtype=auto")
+    if runtime.is_slow(trainer.dtype, device):
+        found.append("bfloat16 is slower than float32 on this CPU; use --dtype=auto")
     if compiled.startswith("not compiled") and c.max_iters >= 1000:
         found.append(compiled)
     share = runtime.median_seconds(lambda: trainer.micro_batch(1, 0), device) / pass_seconds

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from configurator import UserError
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import psutil
 import torch
@@ -40,26 +40,29 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype called `name`; 'auto' is bfloat16 where the device has it, or float32.
+    """Return the dtype called `name`; 'auto' is bfloat16 where that is fast, or float32.
 
     An old GPU gets float32, too: float16 can overflow, so it must be asked for.
     """
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":  # bfloat16 in hardware came with Ampere, compute capability 8
-        native = torch.cuda.get_device_capability(device)[0] >= 8
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
     elif device.type == "cpu":
         features = torch.cpu.get_capabilities()  # of x86 and of ARM
-        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+        fast = any(features.get(name) for name in ("amx_bf16", "bf16", "sve_bf16"))
+        # Intel's AVX-512 multiplies in bfloat16 half as fast as in float32, AMD's twice as fast.
+        intel = "Intel" in features.get("cpu_name", "")
+        fast = fast or (features.get("avx512_bf16", False) and not intel)
     else:
-        native = False  # Apple's GPU computes bfloat16 no faster than float32
-    return torch.bfloat16 if native else torch.float32
+        fast = False  # Apple's GPU computes bfloat16 no faster than float32
+    return torch.bfloat16 if fast else torch.float32
 
 
-def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether `device` is a CPU that computes bfloat16 in software.
+def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether `dtype` is bfloat16 and `device` a CPU that is faster in float32.
 
-    With AVX2, products of large matrices then take 400 times as long as in float32.
+    With AVX2 alone, which computes bfloat16 in software, large products take 400 times as long.
     """
     on_cpu = device.type == "cpu"
     return on_cpu and dtype == torch.bfloat16 != resolve_dtype("auto", device)
@@ -275,4 +278,5 @@ class StopSignal:
             os._exit(128 + number)
         self.number = number
         if number == signal.SIGINT:  # not print(): the signal may interrupt another print
-            os.write(1, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+            with suppress(BrokenPipeError):
+                os.write(1, b"\nstopping after this step; press Ctrl-C again to stop at once\n")

@@ -381,6 +381,28 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_continue(tiny_run, n
     assert step >= 20 and f"step {step:,}" in lines[-1]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to another process")
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_closed_pipe_costs_no_work(tiny_run, interrupt):
+    """As with `train.py | head`, or with `train.py | tee log` and Ctrl-C, which ends tee first."""
+    args = options(tiny_run, max_iters=100_000, eval_interval=100_000)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *args], stdout=pipe, stderr=pipe, text=True
+    )
+    while not process.stdout.readline().startswith("step     20"):
+        pass
+    if interrupt:
+        process.send_signal(signal.SIGSTOP)  # so that it finds the signal before its next line
+    process.stdout.close()
+    if interrupt:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+    assert "saved and stopped after step" in process.stderr.read()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert load_checkpoint(Path("out/tiny/ckpt.pt"))[1]["step"] >= 20
+
+
 # What a run refuses
 
 

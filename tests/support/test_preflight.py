@@ -258,13 +258,13 @@ def test_what_slows_a_run_down_is_a_warning(tiny_trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_cpu_without_bfloat16_is_said_in_every_run_and_a_warning(
+def test_a_cpu_with_slow_bfloat16_is_said_in_every_run_and_a_warning(
     tiny_trainer, monkeypatch, native
 ):
     trainer = tiny_trainer(dtype="bfloat16")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
-    assert ("this CPU has no bfloat16" in describe(trainer)) is not native
-    expected = "bfloat16 is computed in software; use --dtype=auto"
+    assert ("float32 is faster on this CPU" in describe(trainer)) is not native
+    expected = "bfloat16 is slower than float32 on this CPU; use --dtype=auto"
     assert warned(trainer) == ([] if native else [expected])
 
 

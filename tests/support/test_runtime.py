@@ -46,6 +46,21 @@ def test_auto_takes_bfloat16_where_the_hardware_has_it(monkeypatch, native, expe
     assert runtime.resolve_dtype("auto", torch.device("mps")) == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("cpu", "amx", "expected"),
+    [
+        ("AMD EPYC", False, "bfloat16"),
+        ("Intel Xeon", True, "bfloat16"),
+        ("Intel Xeon", False, "float32"),
+    ],
+)
+def test_auto_takes_bfloat16_on_intel_only_with_amx(monkeypatch, cpu, amx, expected):
+    features = {"cpu_name": cpu, "avx512_bf16": True, "amx_bf16": amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert runtime.dtype_name(runtime.resolve_dtype("auto", CPU)) == expected
+    assert runtime.is_slow(torch.bfloat16, CPU) is (expected == "float32")
+
+
 def test_compile_auto_is_for_long_runs_with_a_compiler(monkeypatch):
     monkeypatch.setattr(runtime.shutil, "which", lambda _: "/usr/bin/c++")
     assert runtime.why_not_compile("auto", CPU, 5000) == ""
@@ -117,7 +132,7 @@ def test_weights_are_packed_only_where_that_is_known_to_work(monkeypatch):
 
     assert layers(torch.float16) == layers(device="meta") == 0
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert layers(torch.bfloat16) == 0  # computed in software: see is_emulated
+    assert layers(torch.bfloat16) == 0  # see is_slow
     monkeypatch.setattr(runtime.platform, "machine", lambda: "arm64")
     assert layers() == 0
 

@@ -157,7 +157,7 @@ def test_the_loader_says_how_many_hours_the_whole_run_would_load(tmp_path, capsy
 def test_throughput_has_the_parts_of_a_step_and_the_shares_of_the_peaks(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(bench.runtime, "is_emulated", lambda *_: False)
+    monkeypatch.setattr(bench.runtime, "is_slow", lambda *_: False)
     (tmp_path / "model.py").write_text(NANOGPT, encoding="utf-8")
     _, rows = measure(tmp_path, capsys, "throughput", nanogpt=str(tmp_path))
     bf16, fp32 = rows["bfloat16 product"], rows["float32 product"]
@@ -171,12 +171,12 @@ def test_throughput_has_the_parts_of_a_step_and_the_shares_of_the_peaks(
     assert rows["ours"]["speedup"] == 1
 
 
-@pytest.mark.parametrize("emulated", [True, False])
-def test_only_products_that_the_machine_has_are_measured(options, monkeypatch, emulated):
-    is_emulated = lambda dtype, _: emulated and dtype == torch.bfloat16  # noqa: E731
-    monkeypatch.setattr(bench.runtime, "is_emulated", is_emulated)
+@pytest.mark.parametrize("slow", [True, False])
+def test_products_that_take_minutes_are_not_measured(options, monkeypatch, slow):
+    is_slow = lambda dtype, _: slow and dtype == torch.bfloat16  # noqa: E731
+    monkeypatch.setattr(bench.runtime, "is_slow", is_slow)
     sides, _ = bench.throughput(bench.BenchConfig(), options)
-    assert "float32 product" in sides and ("bfloat16 product" in sides) is not emulated
+    assert "float32 product" in sides and ("bfloat16 product" in sides) is not slow
 
 
 def test_nanogpts_steps_train_nanogpts_model(options, tmp_path):
@@ -197,7 +197,7 @@ def test_generation_counts_the_tokens_of_all_sequences(tmp_path, capsys):
 
 
 def test_a_new_gpu_is_measured_in_one_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench.runtime, "is_emulated", lambda *_: False)
+    monkeypatch.setattr(bench.runtime, "is_slow", lambda *_: False)
     _, rows = measure(tmp_path, capsys, "gpu")
     names = " ".join(rows)
     assert all(
