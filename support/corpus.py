@@ -1,7 +1,7 @@
 """From text files to token files: read documents, clean them, write train.bin and val.bin.
 
 `Writer` appends to files called NAME.part. progress.json says how many bytes of each file count.
-So the work can be interrupted: the next run cuts off the bytes after the last complete shard.
+So the work can be interrupted: the next run cuts off the bytes that were written after it.
 """
 
 import errno
@@ -31,6 +31,7 @@ from support.tokenizer import END_OF_TEXT, BPETokenizer
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
 TXT_DOCUMENT = 100_000  # characters; a longer text file is split, if possible at ends of lines
+SAVE_BYTES = 10_000_000  # of text between two saves, or one file: many small ones take no longer
 HUGE = 1_000_000  # characters of a document that is not kept waiting in memory beside others
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1 without tab and newline
 PARTS = ("train.bin", "val.bin", "seen")  # seen: the hash of every document, 8 bytes each
@@ -188,17 +189,18 @@ class Writer:
         # A sorted array takes 8 bytes per document, a set 90; the set is for this shard's only.
         self.seen = np.sort(np.fromfile(folder / "seen.part", dtype="<u8"))
         self.seen_now: set[int] = set()
+        self.saved_at, self.saved_bytes = time.perf_counter(), progress.text_bytes
 
     def add_shard(self, path: Path, tokenizer: BPETokenizer, last: bool) -> None:
         """Append the documents of a file, tokenized, in their order."""
         progress, waiting = self.progress, deque()
-        started, before = time.perf_counter(), progress.text_bytes
 
         def write_first() -> None:
             name, ids = waiting.popleft()
             self.parts[name].write(ids.result().astype(TOKEN).tobytes())
 
-        bar = tqdm(total=self.limit, initial=before, unit="B", unit_scale=True, disable=None)
+        settings = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
+        bar = tqdm(total=self.limit, initial=progress.text_bytes, **settings)
         with bar, ThreadPoolExecutor(self.n_threads) as pool:  # tiktoken releases Python's lock
             for document in read_documents(path, progress.options["column"]):
                 self.counts["read"] += 1
@@ -212,9 +214,12 @@ class Writer:
                     break
             while waiting:
                 write_first()
-        self.save(last or progress.text_bytes >= self.limit)
-        seconds, mb = time.perf_counter() - started, (progress.text_bytes - before) / 1e6
-        print(f"{path.name}: {mb:,.1f} MB of text in {seconds:.1f} s, {mb / seconds:.1f} MB/s")
+        progress.shards += 1
+        complete, mb = last or progress.text_bytes >= self.limit, progress.text_bytes / 1e6
+        if complete or progress.text_bytes - self.saved_bytes >= SAVE_BYTES:
+            speed = (mb - self.saved_bytes / 1e6) / (time.perf_counter() - self.saved_at)
+            self.save(complete)
+            print(f"{path.name}: {mb:,.1f} MB of text so far, {speed:.1f} MB/s")
 
     def choose_file(self, text: str) -> str:
         """Return "train.bin", "val.bin", or "" for a document that is dropped; count it."""
@@ -235,7 +240,7 @@ class Writer:
         return "val.bin" if for_val else "train.bin"
 
     def save(self, complete: bool) -> None:
-        """Record on the disk that the shard is done. `complete`: no other shard follows."""
+        """Record on the disk what is done. `complete`: no other shard follows."""
         progress = self.progress
         for name, part in self.parts.items():
             part.file.flush()
@@ -245,11 +250,11 @@ class Writer:
             (self.folder / "progress.json").unlink()
             remedy = "give more text, lower --min_chars or raise --val_fraction"
             raise UserError(f"too few documents for both training and validation; {remedy}")
-        progress.shards, progress.complete = progress.shards + 1, complete
-        progress.counts = dict(self.counts)
+        progress.complete, progress.counts = complete, dict(self.counts)
         progress.save(self.folder)
         self.seen = np.union1d(self.seen, np.fromiter(self.seen_now, dtype="<u8"))
         self.seen_now.clear()
+        self.saved_at, self.saved_bytes = time.perf_counter(), progress.text_bytes
         for part in self.parts.values() if complete else []:
             part.file.close()  # Windows can not rename an open file
 

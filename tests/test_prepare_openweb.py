@@ -59,6 +59,7 @@ def hub(server, tmp_path, monkeypatch):
     monkeypatch.setitem(
         prepare.SOURCES, "openwebtext", ("datasets/some/text/resolve/1", "train-{:02}.parquet", 6)
     )
+    monkeypatch.setattr(corpus, "SAVE_BYTES", 1)  # after every one of these small shards
     documents = make_documents(600)
     documents[450] = documents[2]
     for n in range(6):
@@ -272,6 +273,8 @@ COMMAND = """
 import sys
 sys.path.insert(0, {root!r})
 import configurator, prepare_openweb
+from support import corpus
+corpus.SAVE_BYTES = 1
 source = ("datasets/some/text/resolve/1", "train-{{:02}}.parquet", 6)
 prepare_openweb.SOURCES["openwebtext"] = source
 options = dict(vocab_size=400, size="all", val_fraction=0.1, dataset="killed")
@@ -348,6 +351,27 @@ def test_an_interrupted_run_continues(hub, monkeypatch, at):
             run(dataset="again")
     assert contents(run(dataset="again")) == expected
     assert sorted(p.name for p in Path("data/again").iterdir()) == sorted(FILES)
+
+
+def test_many_small_files_are_saved_together_and_an_interrupted_run_continues(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus, "SAVE_BYTES", 20_000)
+    Path("texts").mkdir()
+    for i, text in enumerate(make_documents(60)):
+        Path(f"texts/{i:02}.txt").write_text(text, encoding="utf-8")
+    options = dict(input="texts", tokenizer="bpe")
+    saves, save = [], corpus.Progress.save
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus.Progress, "save", lambda *args: (saves.append(1), save(*args)))
+        expected = contents(run(dataset="whole", **options))
+    text_bytes = json.loads(expected[2])["source"]["text_bytes"]
+    assert 2 < len(saves) <= 2 + text_bytes / 20_000  # one at the start, one at the end
+    run_until(monkeypatch, "add_shard", call=36, dataset="again", **options)
+    progress = json.loads(Path("data/again/progress.json").read_text(encoding="utf-8"))
+    assert 0 < progress["shards"] < 35
+    assert contents(run(dataset="again", **options)) == expected
 
 
 def test_an_interrupted_run_refuses_other_options(hub, monkeypatch):
