@@ -250,11 +250,11 @@ class Trainer:
         self.save_seconds = self.saved_at - started
 
     def save_is_due(self, interval: float) -> bool:
-        """Return whether the last save is `interval` seconds old, and saving costs less than 1%."""
+        """Return whether the last save is `interval` seconds old, and 100 times what it took."""
         return time.perf_counter() - self.saved_at > max(interval, 100 * self.save_seconds)
 
     def train_step(self, step: int, lr: float, stop: int = 0, batches=None) -> Tensor:
-        """Update the weights once. Returns loss, gradient norm, and if any process has a `stop`.
+        """Update the weights once. Returns loss, gradient norm and the mean `stop` of the processes.
 
         Nothing here waits for a GPU, which still computes one step while the next is prepared. So
         the GPU itself notices a loss or gradient that is not finite and from then on leaves the
@@ -296,7 +296,7 @@ class Trainer:
         return torch.stack((loss, grad_norm, stop))
 
     def read(self, figures: Tensor) -> tuple[float, float, bool]:
-        """Return the figures of train_step as numbers. Raises UserError if one was not finite."""
+        """Return train_step's figures as numbers. Raises UserError if one was not finite."""
         loss, grad_norm, stop = figures.tolist()
         if self.failed_step >= 0:
             raise diagnosis.explain_step(self, int(self.failed_step))

@@ -220,7 +220,7 @@ def test_padded_rows_of_the_vocabulary_change_nothing_and_are_never_sampled():
     weights = padded.state_dict()
     for name, p in plain.state_dict().items():
         weights[name][: len(p)] = p
-    weights["lm_head.weight"][97:] = 100.0  # were they tokens, they would be the likeliest
+    weights["lm_head.weight"][97:] = 100.0  # were they tokens, they would be the most likely
     padded.load_state_dict(weights)
     x = tokens(2, 24)
     logits, loss = padded(x, x.flip(1))

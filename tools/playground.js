@@ -67,7 +67,7 @@ const cell = (p, ...children) => {
     return td;
 };
 
-// Write: a text, the candidates for each token, and the likeliest tokens after each layer
+// Write: a text, the candidates for each token, and the most likely tokens after each layer
 
 let written = {checkpoint: "", prompt: "", tokens: []};
 let chosen = 0;

@@ -4,7 +4,7 @@
 
 The page has five tabs:
 
-    Write      a text; for each token its candidates, and the likeliest tokens after each layer
+    Write      a text; for each token its candidates, and the most likely tokens after each layer
     Tokens     the pieces of the prompt, their ids and their probabilities
     Attention  the maps of all heads, with and without the mask
     Compare    one prompt continued by several checkpoints
@@ -201,7 +201,7 @@ def write(
     parts is the text written at once, because the random numbers of the parts before are skipped.
 
     A token has ten candidates, and an eleventh if the one that was taken is not among them. It also
-    has the three likeliest tokens after each layer.
+    has the three most likely tokens after each layer.
     """
     model, tokenizer, V = loaded.model, loaded.tokenizer, loaded.model.config.vocab_size
     if not all(type(i) is int and 0 <= i < V for i in [*written, choice or 0]):

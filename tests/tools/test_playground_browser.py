@@ -224,7 +224,7 @@ def try_next_token(page, expect) -> None:
     assert shown.get(text := token.nth(4).text_content(), text) == label
     assert token.nth(5).evaluate("token => token.classList.contains('chosen')")
     expect(page.locator("#candidates button").first).to_be_focused()
-    page.keyboard.press("Enter")  # the keyboard goes on choosing the likeliest
+    page.keyboard.press("Enter")  # the keyboard goes on choosing the most likely
     expect(token).to_have_count(7)
     expect(page.locator("#candidates button").first).to_be_focused()
     page.locator("#write-more").click()
