@@ -40,7 +40,7 @@ from sample import SampleConfig
 from support import tokenizer as tokenizers
 from support.checkpoint import load_checkpoint
 from support.log import given_out_dirs, read_log
-from support.runtime import resolve_device
+from support.runtime import explain_out_of_memory, resolve_device
 
 MODEL_LOCK = threading.Lock()  # requests run in threads; one at a time observes or changes a model
 LARGEST_REQUEST = 1_000_000  # bytes
@@ -289,7 +289,8 @@ class Playground:
         """Yield the answers of an action; a mistake of the user ends them with an error."""
         assert action in ACTIONS
         try:
-            yield from getattr(self, action)(fields)
+            with explain_out_of_memory():
+                yield from getattr(self, action)(fields)
         except (UserError, OSError) as error:
             yield {"error": str(error)}
         except (KeyError, TypeError, ValueError):

@@ -381,6 +381,11 @@ def test_a_request_without_the_right_fields_gets_a_sentence(page, action, fields
     assert [list(answer) for answer in page.answer(action, fields)] == [["error"]]
 
 
+def test_running_out_of_memory_is_a_sentence(page, monkeypatch):
+    monkeypatch.setattr(torch, "stack", lambda _: torch.empty(1 << 55))
+    assert "out of memory" in ask_for_attention(page, "3 times")["error"]
+
+
 @pytest.mark.parametrize(
     "path", ["", "out/other/ckpt.pt", "out/tiny/../tiny/ckpt.pt", "/etc/passwd"]
 )
