@@ -29,7 +29,7 @@ class SampleConfig:
     max_new_tokens: int = 500  # tokens per text
     temperature: float = 0.8  # divides the logits; 0: always the most likely token
     top_k: int | None = None  # draw from the k most likely tokens only
-    top_p: float | None = None  # draw from the most likely tokens that reach this probability
+    top_p: float | None = None  # draw from the most likely tokens that reach this share
     stop: str = "<|endoftext|>"  # end a text where this was written; empty: never
     seed: int = 1337  # the same seed writes the same texts
     device: str = "auto"  # cpu, cuda, cuda:1, mps

@@ -32,7 +32,7 @@ from model import GPT
 from support import diagnosis, pictures, preflight, runtime
 from support.checkpoint import save_checkpoint
 from support.data import Dataset, Tokens, gather, random_offsets
-from support.log import Log, claim_folder, describe
+from support.log import Log, clear_folder, describe, lock_run
 from support.optimizers import make_optimizers
 from support.processes import Processes
 from support.start import model_config, restore, starting_point
@@ -250,11 +250,12 @@ class Trainer:
         self.save_seconds = self.saved_at - started
 
     def save_is_due(self, interval: float) -> bool:
-        """Return whether the last save is `interval` seconds old, and 100 times what it took."""
-        return time.perf_counter() - self.saved_at > max(interval, 100 * self.save_seconds)
+        """Return whether the last save is `interval` old and 100 times what it took, in seconds."""
+        pause = min(100 * self.save_seconds, 3600.0)  # the disk may have hung: once, not for days
+        return time.perf_counter() - self.saved_at > max(interval, pause)
 
     def train_step(self, step: int, lr: float, stop: int = 0, batches=None) -> Tensor:
-        """Update the weights once. Returns loss, gradient norm and the mean `stop` of the processes.
+        """Update the weights once. Returns loss, gradient norm and mean `stop` of the processes.
 
         Nothing here waits for a GPU, which still computes one step while the next is prepared. So
         the GPU itself notices a loss or gradient that is not finite and from then on leaves the
@@ -307,13 +308,10 @@ class Trainer:
 
 def train(trainer: Trainer) -> None:
     """Run the training loop: evaluate and save, stop at the end, update, log, obey a signal."""
-    c, processes, resumed = trainer.config, trainer.processes, trainer.evaluated_step >= 0
-    sizes = (trainer.tokens_per_step, trainer.steps_per_epoch)
-    with (
-        claim_folder(trainer.out_dir, resumed, processes.is_first),
-        runtime.StopSignal() as signals,
-        Log(c, processes.is_first, *sizes, trainer.start_step, trainer.evaluated_step) as log,
-    ):
+    c, processes = trainer.config, trainer.processes
+    if processes.is_first and trainer.evaluated_step < 0:  # not resumed
+        clear_folder(trainer.out_dir)
+    with runtime.StopSignal() as signals, Log(trainer) as log:
         log.say("\n".join((describe(trainer), *trainer.notes)))
         log.say(runtime.compile_model(trainer, log.say))
         log.start_clock()
@@ -370,7 +368,7 @@ def main(config: TrainConfig) -> None:
     if config.preflight:
         config = preflight.begin(config)
     memory = runtime.explain_out_of_memory(config.batch_size, config.gradient_accumulation_steps)
-    with Processes(config.device, config.backend) as processes, memory:
+    with Processes(config.device, config.backend) as processes, memory, lock_run(config, processes):
         runtime.set_up(processes.device, config.deterministic)
         trainer = Trainer(config, processes)
         if config.preflight:

@@ -68,7 +68,7 @@ def lock_path(path: Path, seconds: float = 0) -> Iterator[None]:
     """
     path = path.resolve()
     beside = path.parent / f".{path.name}.lock"
-    lock = FileLock(beside)
+    lock, is_new = FileLock(beside), not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=seconds)
@@ -84,6 +84,9 @@ def lock_path(path: Path, seconds: float = 0) -> Iterator[None]:
         with suppress(OSError):  # Windows removes no open file
             beside.unlink()
         lock.release()
+        with suppress(OSError):  # it may be in use now
+            if is_new:
+                path.parent.rmdir()
 
 
 def free_bytes(path: Path) -> int:

@@ -15,8 +15,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from configurator import UserError
-from contextlib import contextmanager
+from configurator import UserError, one_line
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,26 +29,21 @@ from support.runtime import dtype_name, is_slow
 class Log:
     """Write down every figure of a run. Only the first process logs; in the others nothing happens.
 
-    A resumed run starts at `start_step`, and the records that it makes again are removed.
+    Of a resumed run, the records after its checkpoint are removed: they are made again.
     """
 
-    def __init__(
-        self,
-        config,
-        is_first: bool,
-        tokens_per_step: int,
-        steps_per_epoch: float,
-        start_step: int = 0,
-        evaluated_step: int = -1,
-    ) -> None:
-        self.config, self.is_first, self.step = config, is_first, start_step
-        self.tokens_per_step, self.steps_per_epoch = tokens_per_step, steps_per_epoch
+    def __init__(self, trainer) -> None:
+        config, start_step = trainer.config, trainer.start_step
+        self.config, self.step, self.is_first = config, start_step, trainer.processes.is_first
+        self.tokens_per_step = trainer.tokens_per_step
+        self.steps_per_epoch = trainer.steps_per_epoch
         self.path = Path(config.out_dir) / "log.jsonl"
         self.trackers, self.seconds_before = [], 0.0
         self.sampled_step = -1  # step of the last sample
-        hidden = not (is_first and sys.stderr.isatty())
+        hidden = not (self.is_first and sys.stderr.isatty())
         self.bar = tqdm(total=config.max_iters, initial=start_step, unit="step", disable=hidden)
-        if is_first:
+        if self.is_first:
+            evaluated_step = trainer.evaluated_step
             resumed = evaluated_step >= 0 and self.path.exists()
             earlier = read_log(self.path) if resumed else []
             earlier = [r for r in earlier if not is_made_again(r, start_step, evaluated_step)]
@@ -57,7 +52,7 @@ class Log:
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(r).encode() + b"\n" for r in earlier)
             self.trackers += [Wandb(config)] if config.wandb_log else []
-            self.trackers += [TensorBoard(config)] if config.tensorboard_log else []
+            self.trackers += [TensorBoard(config, start_step)] if config.tensorboard_log else []
         self.start_clock()
 
     def __enter__(self) -> "Log":
@@ -129,15 +124,18 @@ class Log:
             self.say(words)
 
     def say(self, line: str) -> None:
-        """Print a line above the progress bar. The run ends as by a signal if nobody reads it."""
-        if self.is_first:
-            try:
-                self.bar.write(line, file=sys.stdout)
-                sys.stdout.flush()
-            except BrokenPipeError:  # as with `| tee log`, which Ctrl-C ends before this process
-                os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-                sys.stdout.flush()
-                signal.raise_signal(signal.SIGTERM)
+        """Print a line above the progress bar. If that fails, the run ends as by a signal."""
+        if not self.is_first:
+            return
+        try:
+            self.bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # the terminal is gone, or `| tee log`, which Ctrl-C ends before this run
+            signal.raise_signal(signal.SIGTERM)
+            for other in (sys.stderr.fileno(), os.open(os.devnull, os.O_WRONLY)):
+                os.dup2(other, sys.stdout.fileno())
+                with suppress(OSError):
+                    return sys.stdout.flush()  # the line is still in its buffer
 
     def _record(self, step: int, **figures) -> None:
         if not self.is_first:
@@ -154,8 +152,13 @@ class Log:
             raise UserError(
                 f"{self.path}: can not grow ({error.strerror}); {free:,} bytes are free there"
             ) from error
-        for tracker in self.trackers:
-            tracker.log(figures, step)
+        for tracker in list(self.trackers):
+            try:
+                tracker.log(figures, step)
+            except Exception as error:  # of a package or its server: no reason to end a long run
+                self.trackers.remove(tracker)
+                reason = one_line(error)[:200]
+                self.say(f"{type(tracker).__name__} failed ({reason}); it gets no more figures")
 
 
 class Wandb:
@@ -179,14 +182,15 @@ class Wandb:
 class TensorBoard:
     """Event files in out_dir, for `tensorboard --logdir=out`."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config, start_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter  # only needed if asked for
         except ImportError:
             raise UserError(
                 "tensorboard_log=True needs a package: pip install tensorboard"
             ) from None
-        self.writer = SummaryWriter(config.out_dir)
+        # Hides what an interrupted run logged after the checkpoint: it is computed again.
+        self.writer = SummaryWriter(config.out_dir, purge_step=start_step + 1)
 
     def log(self, figures: dict, step: int) -> None:
         for name, value in figures.items():
@@ -200,26 +204,33 @@ class TensorBoard:
 
 
 @contextmanager
-def claim_folder(out_dir: Path, resumed: bool, is_first: bool = True) -> Iterator[None]:
-    """Keep other runs out of out_dir inside the block. An earlier run there gets another name.
+def lock_run(config, processes) -> Iterator[None]:
+    """Keep other runs out of out_dir inside the block, if this run is going to train.
 
-    Waits a minute for a worker of a restarted torchrun that may still be ending. Raises UserError.
+    Enter it before the checkpoint is read, because another run may still be saving one. Waits a
+    minute for a worker of a restarted torchrun that may still be ending. Raises UserError.
     """
-    if not is_first:
+    with ExitStack() as stack:
+        if processes.is_first and not (config.preflight or config.eval_only):
+            seconds = 60 if "RANK" in os.environ else 0
+            stack.enter_context(lock_path(Path(config.out_dir), seconds))
+        processes.gather("claimed")  # the others wait for the first
         yield
+
+
+def clear_folder(out_dir: Path) -> None:
+    """Rename out_dir if it has an earlier run. Raises UserError."""
+    if not any((out_dir / name).exists() for name in ("ckpt.pt", "best.pt")):
         return
-    with lock_path(out_dir, seconds=60 if "RANK" in os.environ else 0):
-        if not resumed and (out_dir / "ckpt.pt").exists():
-            folder = out_dir.resolve()
-            if Path.cwd().is_relative_to(folder):
-                raise UserError(
-                    f"out_dir={out_dir} is or contains the folder that you are in, and it has an "
-                    "earlier run; choose another, as in --out_dir=out/mine"
-                )
-            aside = set_aside(folder)
-            folder.mkdir(exist_ok=True)  # if out_dir is a link, it would otherwise lead nowhere
-            print(f"the earlier run is now in {aside}; to continue a run, use --init_from=resume")
-        yield
+    folder = out_dir.resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise UserError(
+            f"out_dir={out_dir} is or contains the folder that you are in, and it has an "
+            "earlier run; choose another, as in --out_dir=out/mine"
+        )
+    aside = set_aside(folder)
+    folder.mkdir(exist_ok=True)  # if out_dir is a link, it would otherwise lead nowhere
+    print(f"the earlier run is now in {aside}; to continue a run, use --init_from=resume")
 
 
 def set_aside(out_dir: Path) -> Path:

@@ -274,9 +274,9 @@ class StopSignal:
             signal.signal(n, handler)
 
     def receive(self, number: int, _frame) -> None:
-        if self.number and number == signal.SIGINT:
+        if self.number == number == signal.SIGINT:
             os._exit(128 + number)
         self.number = number
         if number == signal.SIGINT:  # not print(): the signal may interrupt another print
-            with suppress(BrokenPipeError):
+            with suppress(OSError):  # the reader of a pipe has ended
                 os.write(1, b"\nstopping after this step; press Ctrl-C again to stop at once\n")

@@ -23,6 +23,7 @@ from support.processes import Processes
 
 ROOT = Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = str(ROOT)  # for the programs that tests start
+os.environ.pop("PYTHONUNBUFFERED", None)  # it hides mistakes in how they end
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about a CPU, also where there is a GPU
 torch.backends.mps.is_available = lambda: False
 

@@ -18,9 +18,10 @@ from test_train import assert_same_run, logged, options
 import prepare_openweb
 import prepare_shakespeare
 import train
-from support import data, log
+from support import data, log, start
 from support.checkpoint import load_checkpoint
 from support.files import lock_path
+from support.processes import Processes
 
 REFUSAL = "another process is at work there"
 
@@ -113,16 +114,36 @@ def test_a_folder_is_free_again_and_clean_after_the_process_at_work_was_killed(
 
 
 def test_a_worker_of_torchrun_waits_for_one_that_is_ending(tmp_path, hold, monkeypatch):
-    out_dir = tmp_path / "out"
+    out_dir, processes = tmp_path / "out", Processes("cpu")
+    config = train.TrainConfig(out_dir=str(out_dir))
     hold(out_dir, seconds=1)
-    with pytest.raises(UserError, match=REFUSAL), log.claim_folder(out_dir, resumed=True):
+    with pytest.raises(UserError, match=REFUSAL), log.lock_run(config, processes):
         pass
-    with log.claim_folder(out_dir, resumed=True, is_first=False):
+    processes.is_first = False
+    with log.lock_run(config, processes):
         pass  # the other workers leave the lock to the first one
+    processes.is_first = True
     monkeypatch.setenv("RANK", "0")
     started = time.perf_counter()
-    with log.claim_folder(out_dir, resumed=True):
+    with log.lock_run(config, processes):
         assert time.perf_counter() - started > 0.3 and (out_dir / "ckpt.pt").exists()
+
+
+def test_a_run_reads_its_checkpoint_after_it_has_locked_the_folder(tiny_run, monkeypatch):
+    """Otherwise it could go on from one that another run, which is just ending, replaces."""
+    tiny_run(max_iters=6)
+    read = start.load_checkpoint
+
+    def locked_and_read(path):
+        with pytest.raises(UserError, match=REFUSAL), lock_path(path.parent):
+            pass
+        return read(path)
+
+    monkeypatch.setattr(start, "load_checkpoint", locked_and_read)
+    tiny_run(init_from="resume")
+    monkeypatch.setattr(start, "load_checkpoint", read)
+    with lock_path(Path("out/tiny")):  # only to look at a run that is at work is allowed
+        tiny_run(init_from="resume", eval_only=True)
 
 
 # A second process in the middle of a run

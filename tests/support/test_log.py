@@ -142,6 +142,22 @@ def test_wandb_gets_what_the_log_gets(tiny_run, monkeypatch):
     assert calls == [*expected, "finish"]
 
 
+def test_a_run_goes_on_without_a_tracker_that_fails(tiny_run, monkeypatch, capsys):
+    class Run:
+        def log(self, figures, step):
+            if step == 6:
+                raise BrokenPipeError(32, "Broken pipe")
+            assert step < 6
+
+        def finish(self):
+            pass
+
+    wandb = type("wandb", (), {"init": staticmethod(lambda **_: Run())})
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert read_log(tiny_run(wandb_log=True) / "log.jsonl")[-1]["step"] == 12
+    assert "Wandb failed ([Errno 32] Broken pipe); it gets no more" in capsys.readouterr().out
+
+
 # Folders
 
 

@@ -233,6 +233,8 @@ def test_an_ignored_signal_stays_ignored():
             assert stop.number == 0
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.number == signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGINT)  # the first Ctrl-C: it must not end this process
+            assert stop.number == signal.SIGINT
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
