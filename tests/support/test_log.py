@@ -113,7 +113,12 @@ def test_a_missing_package_ends_in_one_line(tiny_run, monkeypatch, name):
 def test_tensorboard_gets_what_the_log_gets(tiny_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out_dir = tiny_run(tensorboard_log=True, sample_interval=6)
+    options = dict(tensorboard_log=True, sample_interval=6)
+    out_dir = tiny_run(**options, max_iters=6)
+    state = (out_dir / "ckpt.pt").read_bytes()
+    for _ in range(2):  # as if the first had been killed: the second computes the same steps again
+        (out_dir / "ckpt.pt").write_bytes(state)
+        tiny_run(**options, init_from="resume")
     events = EventAccumulator(str(out_dir))
     events.Reload()
     for name in ("loss", "val_loss", "lr"):
