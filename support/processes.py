@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from configurator import UserError
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -57,6 +58,7 @@ class Processes:
         # The timeout is short while the processes connect, because a restarted worker may wait for
         # a dead address. Later it is long: rank 0 may download a model while the others wait.
         dist.init_process_group(backend, timeout=timedelta(minutes=2), **options)
+        dist.barrier()  # nobody ends, by an error, while another one still connects
         dist.distributed_c10d._set_pg_timeout(timedelta(hours=1))
 
     def __enter__(self) -> "Processes":
@@ -73,9 +75,13 @@ class Processes:
         if kind is None or (kind is SystemExit and error.code >= 128):  # or stopped by a signal
             # DistributedDataParallel keeps gloo's threads alive, and a thread that holds a tensor
             # when Python ends aborts it (https://github.com/pytorch/pytorch/pull/179291).
-            dist.barrier()
-            dist.destroy_process_group()
-            return
+            try:
+                dist.barrier()
+                dist.destroy_process_group()
+                return
+            except RuntimeError:  # another process has ended in an error, and has said why
+                atexit.register(end_at_once)
+                raise SystemExit(1) from None
         # Without such a meeting the threads may still be at work, so end as soon as the error is
         # on the screen: to close the connections first may abort Python, or wait for the others.
         atexit.register(end_at_once)
@@ -135,5 +141,6 @@ class Processes:
 
 def end_at_once() -> None:
     """End this process with exit code 1, without Python's clean-up, which waits for threads."""
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(1)

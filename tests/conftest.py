@@ -196,6 +196,8 @@ class Server(ThreadingHTTPServer):
         self.faults: list[int | str] = []
         self.requests: list[tuple[str, str]] = []  # path, range
         self.seconds_per_block = 0.0
+        self.gate = threading.Event()  # it must be set before a file is sent
+        self.gate.set()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -237,6 +239,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for i in range(0, len(body), 1 << 16):
             time.sleep(server.seconds_per_block)
+            server.gate.wait()
             self.wfile.write(body[i : i + (1 << 16)])
 
     def do_HEAD(self) -> None:

@@ -397,7 +397,7 @@ def test_a_closed_pipe_costs_no_work(tiny_run, interrupt, stderr):
         [sys.executable, ROOT / "train.py", *args], stdout=subprocess.PIPE, stderr=stderr, text=True
     )
     while not process.stdout.readline().startswith("step     20"):
-        pass
+        assert process.poll() is None
     if interrupt:
         process.send_signal(signal.SIGSTOP)  # so that it finds the signal before its next line
     process.stdout.close()

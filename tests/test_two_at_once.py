@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -44,9 +45,9 @@ def one_thread_per_process(monkeypatch):
 
 @pytest.fixture
 def hold():
-    """A function: start a process that locks a folder and writes a file there, but never ends."""
+    """A function: start a process that writes to a locked folder until its stdin is closed."""
     code = """
-import sys, time
+import sys
 from pathlib import Path
 from support.files import atomic_write, lock_path
 folder = Path(sys.argv[1])
@@ -54,20 +55,20 @@ with lock_path(folder), atomic_write(folder / "ckpt.pt") as file:
     file.write(bytes(1000))
     file.flush()
     print("working", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()
 """
     processes = []
 
-    def start(folder: Path, seconds: float = 60) -> subprocess.Popen:
-        args = [sys.executable, "-c", code, str(folder), str(seconds)]
-        processes.append(subprocess.Popen(args, stdout=subprocess.PIPE, text=True))
+    def start(folder: Path) -> subprocess.Popen:
+        args, pipe = [sys.executable, "-c", code, str(folder)], subprocess.PIPE
+        processes.append(subprocess.Popen(args, stdin=pipe, stdout=pipe, text=True))
         assert processes[-1].stdout.readline() == "working\n"
         return processes[-1]
 
     yield start
     for process in processes:
-        process.kill()
-        process.communicate()
+        with process:
+            process.kill()
 
 
 def prepare_plays(tiny_run) -> Path:
@@ -116,7 +117,7 @@ def test_a_folder_is_free_again_and_clean_after_the_process_at_work_was_killed(
 def test_a_worker_of_torchrun_waits_for_one_that_is_ending(tmp_path, hold, monkeypatch):
     out_dir, processes = tmp_path / "out", Processes("cpu")
     config = train.TrainConfig(out_dir=str(out_dir))
-    hold(out_dir, seconds=1)
+    other = hold(out_dir)
     with pytest.raises(UserError, match=REFUSAL), log.lock_run(config, processes):
         pass
     processes.is_first = False
@@ -124,9 +125,10 @@ def test_a_worker_of_torchrun_waits_for_one_that_is_ending(tmp_path, hold, monke
         pass  # the other workers leave the lock to the first one
     processes.is_first = True
     monkeypatch.setenv("RANK", "0")
-    started = time.perf_counter()
+    assert not (out_dir / "ckpt.pt").exists()
+    threading.Timer(1, other.stdin.close).start()
     with log.lock_run(config, processes):
-        assert time.perf_counter() - started > 0.3 and (out_dir / "ckpt.pt").exists()
+        assert (out_dir / "ckpt.pt").exists()  # so the other process was done
 
 
 def test_a_run_reads_its_checkpoint_after_it_has_locked_the_folder(tiny_run, monkeypatch):

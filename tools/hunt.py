@@ -145,7 +145,7 @@ def judge(hunt: dict, copy: Path) -> list[str]:
         copy_code(copy, judged)
         shutil.copytree(ROOT / "tests", judged / "tests")
         shutil.copy(ROOT / "pyproject.toml", judged)
-        options = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+        options = ["-q", "--color=no", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
         tests = [f"tests/{test}" for test in hunt["tests"]]
         # Both programs look for modules in the copy first: in cwd, and beside train.py.
         failed = failures(["-m", "pytest", *options, *tests], cwd=judged)

@@ -102,6 +102,7 @@ def test_when_the_first_process_fails_the_other_prints_nothing(tiny_run):
     Path("file").write_text("no folder", encoding="utf-8")
     env = {**os.environ, "OMP_NUM_THREADS": "1", **LOOPBACK, "WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # no warnings about the names of this machine
     command = [sys.executable, TRAIN, *options(tiny_run, out_dir="file/run")]
     ranks = [{**env, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     pipe = subprocess.PIPE

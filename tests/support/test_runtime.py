@@ -217,8 +217,8 @@ train.main(train.configure(train.TrainConfig, {args!r}))
             break
     started = time.perf_counter()
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None  # the first one only asks
+    while "press Ctrl-C again" not in process.stdout.readline():
+        assert process.poll() is None  # the first one only asks
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130 and time.perf_counter() - started < 10
 

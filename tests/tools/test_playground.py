@@ -3,6 +3,7 @@
 import http.client
 import json
 import math
+import os
 import shutil
 import sys
 import threading
@@ -418,9 +419,9 @@ def test_a_run_is_offered_as_soon_as_it_has_a_checkpoint(tiny_run):
 def test_the_newest_run_is_the_one_whose_log_changed_last(page):
     shutil.copytree("out/tiny", "out/old")
     page = Playground(Checkpoints(["out/none", "out/old", "out/tiny"]))
-    for out_dir in ("out/tiny", "out/old"):
-        with open(Path(out_dir, "log.jsonl"), "a", encoding="utf-8") as log:
-            log.write('{"step": 13}\n')
+    for seconds, out_dir in enumerate(("out/tiny", "out/old"), start=10):
+        log = Path(out_dir, "log.jsonl")
+        os.utime(log, times=(log.stat().st_mtime + seconds,) * 2)
         assert next(page.answer("runs", {}))["newest"] == out_dir
 
 
