@@ -187,7 +187,7 @@ def load_tokenizer(path: Path, config: PrepareConfig, shards: dict[Path, str]) -
 
 
 def training_sample(config: PrepareConfig, shards: dict[Path, str]) -> Iterator[str]:
-    """Yield the first 32 MB of training text, whatever --size is: so the tokenizer is the same."""
+    """Yield the first 32 MB of training text, so that every --size gets the same tokenizer."""
     taken = 0
     for path, url in shards.items():
         fetch(path, url)

@@ -32,7 +32,7 @@ from model import GPT
 from support import diagnosis, pictures, preflight, runtime
 from support.checkpoint import save_checkpoint
 from support.data import Dataset, Tokens, gather, random_offsets
-from support.log import Log, clear_folder, describe, lock_run
+from support.log import Log, describe, lock_run, move_earlier_run
 from support.optimizers import make_optimizers
 from support.processes import Processes
 from support.start import model_config, restore, starting_point
@@ -55,7 +55,7 @@ class TrainConfig:
     always_save_checkpoint: bool = True  # False: save ckpt.pt only when the loss improved
     checkpoint_interval: float = 300.0  # seconds between saves outside evaluations; 0: none
     log_interval: int = 10  # steps between log lines, and between NaN checks on a GPU
-    sample_interval: int = 0  # steps between samples, after 0, 25, 50 and 100; 0: none
+    sample_interval: int = 0  # steps between samples; also after 0, 25, 50, 100; 0: none
     sample_start: str = "\n"  # prompt of the samples
     sample_tokens: int = 300  # tokens per sample
     tensorboard_log: bool = False  # also log to TensorBoard files in out_dir
@@ -163,7 +163,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, c, muon_dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.failed_step = torch.tensor(-1, device=self.device)  # first step with a NaN or infinity
-        self.recent = deque(maxlen=c.log_interval + 5)  # (step, lr, loss, norm): to explain it
+        self.recent = deque(maxlen=c.log_interval + 5)  # (step, lr, loss, norm): to explain a NaN
 
         self.start_step, self.evaluated_step, self.best_val_loss = 0, -1, math.inf
         self.notes = restore(self, start)
@@ -250,12 +250,12 @@ class Trainer:
         self.save_seconds = self.saved_at - started
 
     def save_is_due(self, interval: float) -> bool:
-        """Return whether the last save is `interval` old and 100 times what it took, in seconds."""
-        pause = min(100 * self.save_seconds, 3600.0)  # the disk may have hung: once, not for days
+        """Return whether `interval` seconds and 100 times the last save's duration have passed."""
+        pause = min(100 * self.save_seconds, 3600.0)  # one slow save must not stop saves for days
         return time.perf_counter() - self.saved_at > max(interval, pause)
 
     def train_step(self, step: int, lr: float, stop: int = 0, batches=None) -> Tensor:
-        """Update the weights once. Returns loss, gradient norm and mean `stop` of the processes.
+        """Update the weights. Returns loss, gradient norm and whether (> 0) any process got `stop`.
 
         Nothing here waits for a GPU, which still computes one step while the next is prepared. So
         the GPU itself notices a loss or gradient that is not finite and from then on leaves the
@@ -310,7 +310,7 @@ def train(trainer: Trainer) -> None:
     """Run the training loop: evaluate and save, stop at the end, update, log, obey a signal."""
     c, processes = trainer.config, trainer.processes
     if processes.is_first and trainer.evaluated_step < 0:  # not resumed
-        clear_folder(trainer.out_dir)
+        move_earlier_run(trainer.out_dir)
     with runtime.StopSignal() as signals, Log(trainer) as log:
         log.say("\n".join((describe(trainer), *trainer.notes)))
         log.say(runtime.compile_model(trainer, log.say))
@@ -350,13 +350,13 @@ def evaluate_and_save(trainer: Trainer, log: Log, step: int, last: bool) -> bool
     c = trainer.config
     train_loss, val_loss = trainer.evaluate()
     if not math.isfinite(val_loss):
-        raise UserError(f"the validation loss after step {step} is {val_loss}; no file was changed")
+        raise UserError(f"the validation loss after step {step} is {val_loss}; nothing was saved")
     last = last or val_loss <= c.target_val_loss
     improved = val_loss < trainer.best_val_loss
     trainer.best_val_loss, trainer.evaluated_step = min(val_loss, trainer.best_val_loss), step
     if trainer.processes.is_first:
         log.evaluation(step, train_loss, val_loss)
-        if improved:  # first: after a kill between the two the evaluation is done again
+        if improved:  # first: after a kill in between, a resumed run evaluates again
             trainer.save("best.pt", step)
         if (improved or c.always_save_checkpoint) and (last or not step or trainer.save_is_due(0)):
             trainer.save_state(step)

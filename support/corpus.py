@@ -1,7 +1,7 @@
 """From text files to token files: read documents, clean them, write train.bin and val.bin.
 
 `Writer` appends to files called NAME.part. progress.json says how many bytes of each file count.
-So the work can be interrupted: the next run cuts off the bytes that were written after it.
+So the work can be interrupted: the next run cuts off what was written after the last save.
 """
 
 import errno
@@ -31,7 +31,7 @@ from support.tokenizer import END_OF_TEXT, BPETokenizer
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
 TXT_DOCUMENT = 100_000  # characters; a longer text file is split, if possible at ends of lines
-SAVE_BYTES = 10_000_000  # of text between two saves, or one file: many small ones take no longer
+SAVE_BYTES = 10_000_000  # save after a file if there is so much new text: a save takes time
 HUGE = 1_000_000  # characters of a document that is not kept waiting in memory beside others
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1 without tab and newline
 PARTS = ("train.bin", "val.bin", "seen")  # seen: the hash of every document, 8 bytes each
@@ -128,7 +128,7 @@ class Progress:
 
 
 def load_progress(folder: Path, options: dict, n_shards: int) -> Progress:
-    """Return the progress of an interrupted run with the same options, or start anew."""
+    """Return the progress of an interrupted run with the same options, or that of a new one."""
     path = folder / "progress.json"
     again = f"remove {path} to start again"
     if not path.exists():
@@ -186,13 +186,13 @@ class Writer:
         self.folder, self.progress, self.limit, self.n_threads = folder, progress, limit, n_threads
         self.counts = Counter(progress.counts)
         self.parts = {name: Part(folder / f"{name}.part", progress) for name in PARTS}
-        # A sorted array takes 8 bytes per document, a set 90; the set is for this shard's only.
+        # A sorted array takes 8 bytes per document, a set 90: the set has only the unsaved ones.
         self.seen = np.sort(np.fromfile(folder / "seen.part", dtype="<u8"))
         self.seen_now: set[int] = set()
         self.saved_at, self.saved_bytes = time.perf_counter(), progress.text_bytes
 
     def add_shard(self, path: Path, tokenizer: BPETokenizer, last: bool) -> None:
-        """Append the documents of a file, tokenized, in their order."""
+        """Append a file's documents, tokenized, up to `limit`. Saves if SAVE_BYTES are new."""
         progress, waiting = self.progress, deque()
 
         def write_first() -> None:
@@ -260,7 +260,7 @@ class Writer:
 
 
 def finish(folder: Path, progress: Progress, tokenizer: BPETokenizer) -> dict:
-    """Give the complete files their names and write meta.json. Can be repeated."""
+    """Give the complete files their names, write meta.json and return it. Can be repeated."""
     for path in (folder / "train.bin.part", folder / "val.bin.part"):
         if path.exists():
             Part(path, progress).file.close()  # checks the sha256

@@ -76,9 +76,9 @@ def lock_path(path: Path, seconds: float = 0) -> Iterator[None]:
         raise UserError(f"{path}: another process is at work there; wait for it to end") from None
     except OSError as error:
         raise UserError(f"{path}: can not be used ({error.strerror}); choose another") from error
-    for leftover in path.glob("*.????????.tmp"):  # of an atomic_write that was killed
-        leftover.unlink(missing_ok=True)
     try:
+        for leftover in path.glob("*.????????.tmp"):  # of an atomic_write that was killed
+            leftover.unlink(missing_ok=True)
         yield
     finally:
         with suppress(OSError):  # Windows removes no open file

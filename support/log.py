@@ -14,9 +14,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from configurator import UserError, one_line
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,12 +34,12 @@ class Log:
 
     def __init__(self, trainer) -> None:
         config, start_step = trainer.config, trainer.start_step
-        self.config, self.step, self.is_first = config, start_step, trainer.processes.is_first
+        self.config, self.is_first = config, trainer.processes.is_first
         self.tokens_per_step = trainer.tokens_per_step
         self.steps_per_epoch = trainer.steps_per_epoch
         self.path = Path(config.out_dir) / "log.jsonl"
         self.trackers, self.seconds_before = [], 0.0
-        self.sampled_step = -1  # step of the last sample
+        self.interval_step, self.sampled_step = start_step, -1  # step of the last line and sample
         hidden = not (self.is_first and sys.stderr.isatty())
         self.bar = tqdm(total=config.max_iters, initial=start_step, unit="step", disable=hidden)
         if self.is_first:
@@ -53,21 +53,18 @@ class Log:
                 file.writelines(json.dumps(r).encode() + b"\n" for r in earlier)
             self.trackers += [Wandb(config)] if config.wandb_log else []
             self.trackers += [TensorBoard(config, start_step)] if config.tensorboard_log else []
-        self.start_clock()
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        for tracker in self.trackers:
-            tracker.close()
+        self._tell_trackers(lambda tracker: tracker.close())
 
     def start_clock(self) -> None:
         """Count the time from now on: call this when training itself begins."""
         self.bar.unpause()
         self.started = self.interval_started = time.perf_counter()
-        self.interval_step = self.step
 
     def training(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
         """Log the update number `step` if it is a multiple of log_interval."""
@@ -124,7 +121,7 @@ class Log:
             self.say(words)
 
     def say(self, line: str) -> None:
-        """Print a line above the progress bar. If that fails, the run ends as by a signal."""
+        """Print a line above the progress bar. If stdout is gone, use stderr and end the run."""
         if not self.is_first:
             return
         try:
@@ -152,9 +149,13 @@ class Log:
             raise UserError(
                 f"{self.path}: can not grow ({error.strerror}); {free:,} bytes are free there"
             ) from error
+        self._tell_trackers(lambda tracker: tracker.log(figures, step))
+
+    def _tell_trackers(self, tell: Callable) -> None:
+        """Call tell(tracker) for each tracker. One that fails is left out from then on."""
         for tracker in list(self.trackers):
             try:
-                tracker.log(figures, step)
+                tell(tracker)
             except Exception as error:  # of a package or its server: no reason to end a long run
                 self.trackers.remove(tracker)
                 reason = one_line(error)[:200]
@@ -165,12 +166,15 @@ class Wandb:
     """Weights & Biases."""
 
     def __init__(self, config) -> None:
+        name, project = config.wandb_run_name, config.wandb_project
         try:
             import wandb  # only needed if asked for
+
+            self.run = wandb.init(project=project, name=name, config=asdict(config))
         except ImportError:
             raise UserError("wandb_log=True needs: pip install wandb") from None
-        name, project = config.wandb_run_name, config.wandb_project
-        self.run = wandb.init(project=project, name=name, config=asdict(config))
+        except Exception as error:  # no key, no network, ...
+            raise UserError(f"wandb: {one_line(error)[:200]}; or use --wandb_log=False") from error
 
     def log(self, figures: dict, step: int) -> None:
         self.run.log(figures, step=step)
@@ -205,21 +209,20 @@ class TensorBoard:
 
 @contextmanager
 def lock_run(config, processes) -> Iterator[None]:
-    """Keep other runs out of out_dir inside the block, if this run is going to train.
+    """Keep other runs out of out_dir inside the block, unless this run only checks or evaluates.
 
-    Enter it before the checkpoint is read, because another run may still be saving one. Waits a
-    minute for a worker of a restarted torchrun that may still be ending. Raises UserError.
+    Enter it before the checkpoint is read, because another run may still be saving one. Waits up to
+    a minute under torchrun: a worker of the attempt before may still be ending. Raises UserError.
     """
-    with ExitStack() as stack:
-        if processes.is_first and not (config.preflight or config.eval_only):
-            seconds = 60 if "RANK" in os.environ else 0
-            stack.enter_context(lock_path(Path(config.out_dir), seconds))
+    locks = processes.is_first and not (config.preflight or config.eval_only)
+    seconds = 60 if processes.distributed else 0
+    with lock_path(Path(config.out_dir), seconds) if locks else nullcontext():
         processes.gather("claimed")  # the others wait for the first
         yield
 
 
-def clear_folder(out_dir: Path) -> None:
-    """Rename out_dir if it has an earlier run. Raises UserError."""
+def move_earlier_run(out_dir: Path) -> None:
+    """Rename out_dir to NAME.1, NAME.2, ... if it has an earlier run. Raises UserError."""
     if not any((out_dir / name).exists() for name in ("ckpt.pt", "best.pt")):
         return
     folder = out_dir.resolve()

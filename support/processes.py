@@ -58,17 +58,17 @@ class Processes:
         # The timeout is short while the processes connect, because a restarted worker may wait for
         # a dead address. Later it is long: rank 0 may download a model while the others wait.
         dist.init_process_group(backend, timeout=timedelta(minutes=2), **options)
-        dist.barrier()  # nobody ends, by an error, while another one still connects
+        dist.barrier()  # none may end, in an error, while another still connects
         dist.distributed_c10d._set_pg_timeout(timedelta(hours=1))
 
     def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        """Meet the others at the end, or leave them at once if there is an error.
+        """Wait for the others at the end of a run; after an error, leave without waiting.
 
-        When the first process ends in an error, the others lose their connection: they end without
-        a traceback, so that its line is the last one on the screen.
+        When the first process ends in an error, the others lose their connection. They end without
+        a traceback, so that the error of the first process is the last line on the screen.
         """
         if not self.distributed:
             return
@@ -85,9 +85,8 @@ class Processes:
         # Without such a meeting the threads may still be at work, so end as soon as the error is
         # on the screen: to close the connections first may abort Python, or wait for the others.
         atexit.register(end_at_once)
-        lost = isinstance(error, RuntimeError) and (
-            "onnection" in str(error) or "gloo" in str(error)
-        )
+        words = str(error).lower()
+        lost = isinstance(error, RuntimeError) and ("connection" in words or "gloo" in words)
         if lost and not self.is_first:
             raise SystemExit(1)
 
@@ -114,12 +113,10 @@ class Processes:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the average of `values` over all processes, without waiting for the device."""
-        if self.distributed:
-            dist.all_reduce(values)
-        return values / self.count
+        return self.sum(values) / self.count
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` over all processes."""
+        """Return the sum of `values` over all processes, without waiting for the device."""
         if self.distributed:
             dist.all_reduce(values)
         return values

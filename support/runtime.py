@@ -40,7 +40,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype called `name`; 'auto' is bfloat16 where that is fast, or float32.
+    """Return the dtype called `name`; 'auto' is bfloat16 where that is fast, else float32.
 
     An old GPU gets float32, too: float16 can overflow, so it must be asked for.
     """
@@ -50,7 +50,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     elif device.type == "cpu":
         features = torch.cpu.get_capabilities()  # of x86 and of ARM
-        fast = any(features.get(name) for name in ("amx_bf16", "bf16", "sve_bf16"))
+        fast = any(features.get(key) for key in ("amx_bf16", "bf16", "sve_bf16"))
         # Intel's AVX-512 multiplies in bfloat16 half as fast as in float32, AMD's twice as fast.
         intel = "Intel" in features.get("cpu_name", "")
         fast = fast or (features.get("avx512_bf16", False) and not intel)
@@ -62,7 +62,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether `dtype` is bfloat16 and `device` a CPU that is faster in float32.
 
-    With AVX2 alone, which computes bfloat16 in software, large products take 400 times as long.
+    One with AVX2 alone computes bfloat16 in software: large products take 400 times as long.
     """
     on_cpu = device.type == "cpu"
     return on_cpu and dtype == torch.bfloat16 != resolve_dtype("auto", device)
@@ -79,7 +79,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def set_up(device: torch.device, deterministic: bool = False) -> None:
-    """Make training on `device` fast and, on a CPU or if `deterministic`, the same to the last bit.
+    """Make training on `device` fast and, on a CPU or if `deterministic`, the same in every run.
 
     On a GPU the gradient of the embeddings is otherwise added up in any order.
     """
@@ -254,9 +254,9 @@ def now(device: torch.device) -> float:
 
 
 class StopSignal:
-    """Remember a signal: `with StopSignal() as stop:` sets stop.number, which is 0 before.
+    """Inside the block, SIGINT, SIGTERM and SIGHUP only set `number` (0: no signal yet).
 
-    The run finishes its step and saves. A second Ctrl-C ends the process at once.
+    So the run can finish its step and save. A second Ctrl-C ends the process at once.
     """
 
     def __enter__(self) -> "StopSignal":

@@ -286,7 +286,7 @@ class Playground:
         self.checkpoints = checkpoints
 
     def answer(self, action: str, fields: dict) -> Iterator[dict]:
-        """Yield the answers of an action; a mistake of the user ends them with an error."""
+        """Yield the answers of an action. If it fails, the last one is {"error": the reason}."""
         assert action in ACTIONS
         try:
             with explain_out_of_memory():
