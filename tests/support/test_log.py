@@ -147,20 +147,36 @@ def test_wandb_gets_what_the_log_gets(tiny_run, monkeypatch):
     assert calls == [*expected, "finish"]
 
 
-def test_a_run_goes_on_without_a_tracker_that_fails(tiny_run, monkeypatch, capsys):
+@pytest.mark.parametrize("place", ["log", "finish"])
+def test_a_run_goes_on_without_a_tracker_that_fails(tiny_run, monkeypatch, capsys, place):
+    steps = []
+
+    def fail(place_here):
+        if place_here == place:
+            raise BrokenPipeError(32, "Broken pipe")
+
     class Run:
         def log(self, figures, step):
-            if step == 6:
-                raise BrokenPipeError(32, "Broken pipe")
-            assert step < 6
+            steps.append(step)
+            fail("log")
 
         def finish(self):
-            pass
+            fail("finish")
 
     wandb = type("wandb", (), {"init": staticmethod(lambda **_: Run())})
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert read_log(tiny_run(wandb_log=True) / "log.jsonl")[-1]["step"] == 12
     assert "Wandb failed ([Errno 32] Broken pipe); it gets no more" in capsys.readouterr().out
+    assert (len(steps) == 1) is (place == "log")
+
+
+def test_a_tracker_that_can_not_start_ends_in_one_line(tiny_run, monkeypatch):
+    def init(**_):
+        raise RuntimeError("no key\nis set")
+
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"init": staticmethod(init)}))
+    with pytest.raises(UserError, match="wandb: no key is set; or use --wandb_log=False"):
+        tiny_run(wandb_log=True)
 
 
 # Folders
