@@ -83,10 +83,9 @@ def lock_path(path: Path, seconds: float = 0) -> Iterator[None]:
     finally:
         with suppress(OSError):  # Windows removes no open file
             beside.unlink()
-        lock.release()
-        with suppress(OSError):  # it may be in use now
-            if is_new:
+            if is_new:  # and still empty
                 path.parent.rmdir()
+        lock.release()
 
 
 def free_bytes(path: Path) -> int:

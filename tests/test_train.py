@@ -292,7 +292,7 @@ def test_a_new_run_keeps_an_earlier_one(tiny_run, capsys):
     assert f"the earlier run is now in {Path('out/tiny.2').resolve()}" in capsys.readouterr().out
     paths = [Path(f"out/{name}/ckpt.pt") for name in ("tiny.1", "tiny.2", "tiny")]
     assert [path.read_bytes() for path in paths] == contents
-    Path("out/tiny/ckpt.pt").unlink()  # the best weights alone are worth to be kept, too
+    Path("out/tiny/ckpt.pt").unlink()  # the best weights alone are worth keeping, too
     best = Path("out/tiny/best.pt").read_bytes()
     tiny_run(max_iters=1)
     assert Path("out/tiny.3/best.pt").read_bytes() == best

@@ -114,7 +114,7 @@ def test_a_folder_is_free_again_and_clean_after_the_process_at_work_was_killed(
     assert os.name == "nt" or not lock.exists()
 
 
-def test_a_worker_of_torchrun_waits_for_one_that_is_ending(tmp_path, hold, monkeypatch):
+def test_a_worker_of_torchrun_waits_for_one_that_is_ending(tmp_path, hold):
     out_dir, processes = tmp_path / "out", Processes("cpu")
     config = train.TrainConfig(out_dir=str(out_dir))
     other = hold(out_dir)

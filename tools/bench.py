@@ -255,7 +255,7 @@ def throughput(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
         makers["nanoGPT"] = partial(make_nanogpt, options, config.nanogpt)
     sides = {name: (time_step, make, config.seconds) for name, make in makers.items()}
     for dtype in ("bfloat16", "float32"):  # on a GPU, float32 is computed as TF32
-        if not runtime.is_slow(runtime.DTYPES[dtype], device):  # that would take minutes
+        if not runtime.is_slow(runtime.DTYPES[dtype], device):  # in software it takes minutes
             sides[f"{dtype} product"] = (time_product, dtype, device, config.tiny)
     return sides, ("GFLOPS of a training step and of a matrix product", ["gflops"], "gflops")
 
