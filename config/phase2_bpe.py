@@ -3,7 +3,7 @@
 #     python prepare_openweb.py --size=250MB --vocab_size=8192
 #     python train.py config/phase2_bpe.py
 #
-# 40 million tokens, 62% of one pass over the text. README.md says what a run of 25 million reached.
+# 40 million tokens, 62% of one pass over the text. README.md has what came out.
 
 dataset = "openweb"
 out_dir = "out/phase2_bpe"

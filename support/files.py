@@ -71,7 +71,12 @@ def lock_path(path: Path, seconds: float = 0) -> Iterator[None]:
     lock, is_new = FileLock(beside), not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=seconds)
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+        if not lock.is_locked:
+            if seconds:
+                print(f"{path}: another process is at work there; waiting for it ...")
+            lock.acquire(timeout=seconds)
     except Timeout:
         raise UserError(f"{path}: another process is at work there; wait for it to end") from None
     except OSError as error:

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import secrets
 import signal
 import sys
 import time
@@ -163,14 +164,18 @@ class Log:
 
 
 class Wandb:
-    """Weights & Biases."""
+    """Weights & Biases. A file in out_dir keeps the id, so that a resumed run is one run there."""
 
     def __init__(self, config) -> None:
         name, project = config.wandb_run_name, config.wandb_project
+        id_file = Path(config.out_dir) / "wandb_id.txt"
         try:
             import wandb  # only needed if asked for
 
-            self.run = wandb.init(project=project, name=name, config=asdict(config))
+            if not id_file.exists():
+                id_file.write_text(secrets.token_hex(4), "utf-8")
+            same = {"id": id_file.read_text("utf-8"), "resume": "allow"}  # begins it if it is new
+            self.run = wandb.init(project=project, name=name, config=asdict(config), **same)
         except ImportError:
             raise UserError("wandb_log=True needs: pip install wandb") from None
         except Exception as error:  # no key, no network, ...

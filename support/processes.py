@@ -32,7 +32,12 @@ class Processes:
             self._join(backend)
 
     def _join(self, backend: str) -> None:
-        """Meet the other processes. Raises UserError for a backend that can not work here."""
+        """Meet the other processes. Raises UserError for what can not work here."""
+        for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    f"the environment has RANK but no {name}; start with torchrun, or unset RANK"
+                )
         if self.device.type == "cuda":
             rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if rank >= count:

@@ -73,9 +73,9 @@ def test_a_compiled_model_exchanges_gradients_while_the_backward_pass_runs(tiny_
     """DistributedDataParallel splits the graph only if it is inside torch.compile."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     graphs, compile_ = [], torch.compile
 
     def backend(graph, inputs):
@@ -136,8 +136,8 @@ def test_auto_asks_about_the_device_that_is_used(monkeypatch):
 def test_more_processes_than_gpus_are_refused_with_the_number_of_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for name, value in (("RANK", "5"), ("LOCAL_RANK", "5"), ("WORLD_SIZE", "8")):
-        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "5")
     with pytest.raises(UserError, match="torch finds 4 GPUs here; use --nproc_per_node=4"):
         Processes()
 

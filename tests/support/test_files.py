@@ -50,6 +50,14 @@ def test_missing_folders_are_made(tmp_path):
     assert (tmp_path / "a" / "b" / "file").read_bytes() == b"content"
 
 
+def test_a_wait_for_another_process_is_announced(tmp_path, capsys):
+    with lock_path(tmp_path / "out", seconds=60):
+        assert not capsys.readouterr().out
+        with pytest.raises(UserError, match="another process is at work there; wait for it"):
+            lock_path(tmp_path / "out", seconds=0.1).__enter__()
+    assert "out: another process is at work there; waiting for it" in capsys.readouterr().out
+
+
 def test_two_processes_never_hold_one_folder(tmp_path):
     folder = tmp_path / "out"
     with lock_path(folder):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from configurator import UserError
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, damaged, damages, logged, many_examples, odd_values, options
@@ -145,6 +146,18 @@ def test_wandb_gets_what_the_log_gets(tiny_run, monkeypatch):
     for _, record in expected:
         del record["epoch"], record["seconds"]
     assert calls == [*expected, "finish"]
+
+
+def test_a_resumed_run_is_the_same_run_for_wandb(tiny_run, monkeypatch):
+    starts = []
+    init = lambda **options: starts.append(options) or Mock()  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"init": staticmethod(init)}))
+    tiny_run(wandb_log=True, max_iters=3)
+    tiny_run(wandb_log=True, init_from="resume")
+    tiny_run(wandb_log=True)  # the earlier run is moved aside
+    first, resumed, other = starts
+    assert first["id"] == resumed["id"] != other["id"]
+    assert {start["resume"] for start in starts} == {"allow"}  # go on with an id that exists
 
 
 @pytest.mark.parametrize("place", ["log", "finish"])

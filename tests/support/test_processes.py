@@ -68,10 +68,18 @@ def test_passes_that_can_not_be_divided_say_what_to_set():
 
 
 def test_nccl_on_a_cpu_is_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
     with pytest.raises(UserError, match="backend=nccl does not work on cpu here; use --backend="):
         Processes("cpu", "nccl")
+
+
+def test_a_rank_without_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    words = "the environment has RANK but no LOCAL_RANK; start with torchrun, or unset RANK"
+    with pytest.raises(UserError, match=words):
+        Processes("cpu")
 
 
 @pytest.mark.parametrize(
