@@ -1,7 +1,7 @@
 """Turn a dataclass, config files and --key=value arguments into one checked, frozen object.
 
-The dataclass is the whole interface. A field's default is the option's default, its annotation says
-what the option accepts, and the comment behind it is what --help prints:
+A field's default is the option's default, its annotation says what the option accepts, and the
+comment behind it is what --help prints:
 
     @dataclass(frozen=True)
     class Options:
@@ -15,6 +15,7 @@ their current values; its own names begin with an underscore.
 
 import ast
 import difflib
+import math
 import os
 import re
 import shutil
@@ -32,12 +33,9 @@ class UserError(ValueError):
 
 
 def configure(cls: type, argv: list[str] | None = None):
-    """Return the dataclass `cls` made from `argv`, by default the command line.
-
-    Exits with code 0 after --help, and with one line and code 2 on a mistake.
-    """
+    """Return the `cls` made from `argv`, by default the command line. Mistakes exit with code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
+    if {"--help", "-h"} & set(argv):
         print(help_text(cls))
         sys.exit(0)
     try:
@@ -70,8 +68,7 @@ def run(main: typing.Callable, config) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"error: {one_line(error)}")  # to stderr, with code 1
 
 
 def one_line(error: Exception) -> str:
@@ -89,26 +86,24 @@ def check_range(options, low: float, high: float, *names: str) -> None:
 
 def read_options(cls: type, argv: list[str]):
     """Return the dataclass `cls` made from `argv`. Raises UserError on a mistake."""
-    accepted = typing.get_type_hints(cls)
+    accepted = {name: alternatives(hint) for name, hint in typing.get_type_hints(cls).items()}
     values = {field.name: field.default for field in fields(cls)}
     for arg in argv:
         if not arg.startswith("-"):
             values |= read_config_file(arg, values, accepted)
             continue
         name, equals, text = arg.removeprefix("--").partition("=")
-        if not equals and bool in alternatives(accepted.get(name)):
-            text = "True"
-        elif not equals and name in accepted:
+        kinds = accepted.get(name, [bool])
+        if not equals and bool not in kinds:
             raise UserError(f"{arg} needs a value, as in --{name}={values[name]}")
-        values[name] = check(name, parse(text, accepted.get(name)), accepted, arg)
+        values[name] = check(name, parse(text, kinds) if equals else True, accepted, arg)
     return cls(**values)
 
 
 def read_config_file(path: str, values: dict, accepted: dict) -> dict:
     """Run the config file at `path`, which sees `values`, and return its assignments."""
     if not Path(path).is_file():
-        hint = suggest(path, map(str, Path(path).parent.glob("*.py")), "options begin with --")
-        raise UserError(f"{path}: no such config file; {hint}")
+        raise UserError(f"{path}: no such config file; options begin with --")
     namespace = {**values, "__name__": "config", "__file__": path}
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
@@ -121,65 +116,50 @@ def read_config_file(path: str, values: dict, accepted: dict) -> dict:
     }
 
 
-def parse(text: str, annotation):
+def alternatives(annotation) -> list:
+    """Return the types and values that an annotation allows: bool | Literal["auto"] has two."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(parts)
+    return [kind for part in parts for kind in alternatives(part)] or [annotation]
+
+
+def parse(text: str, kinds: list):
     """Return the value that `text` stands for: a Python literal, or the text itself."""
-    if annotation is str:
-        return text
     try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        literal = {"true": "True", "false": "False"}.get(text, text)
+        return text if kinds == [str] else ast.literal_eval(literal)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
-def alternatives(annotation) -> tuple:
-    """Return the types that an annotation allows: int | None -> (int, NoneType); int -> (int,)."""
-    is_literal = typing.get_origin(annotation) is typing.Literal
-    return (annotation,) if is_literal else typing.get_args(annotation) or (annotation,)
-
-
 def check(name: str, value, accepted: dict, where: str):
-    """Return `value` if option `name` accepts it; an int becomes a float where only that fits."""
+    """Return `value` if option `name` accepts it; an int becomes a float where one is expected."""
     if name not in accepted:
-        hint = suggest(name, accepted, "--help lists all options")
+        near = difflib.get_close_matches(name, accepted, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists all options"
         raise UserError(f"{where}: there is no option {name!r}; {hint}")
-    if type(value) is int and abs(value) >= 1 << 63:
-        value = "a number of 64 bits or more"
-    if "\0" in str(value):  # no path has one
-        raise UserError(f"{where}: {name} has a NUL character")
-    expected = []
-    for kind in alternatives(accepted[name]):
-        if kind is float and type(value) is int:
-            value = float(value)
-        if typing.get_origin(kind) is typing.Literal:
-            if value in typing.get_args(kind):
-                return value
-            expected += map(repr, typing.get_args(kind))
-        elif type(value) is kind and (kind is not float or abs(value) < float("inf")):
-            return value
-        else:
-            names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
-            expected.append(names.get(kind, "None"))
-    raise UserError(f"{where}: {name} is {value!r} but must be {' or '.join(expected)}")
-
-
-def suggest(name: str, names: typing.Iterable[str], otherwise: str) -> str:
-    """Return "did you mean 'NAME'?" with the most similar of `names`, or `otherwise`."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else otherwise
+    kinds = accepted[name]
+    if type(value) is int and float in kinds:
+        value = float(value)
+    is_finite = type(value) is not float or math.isfinite(value)
+    if value in kinds or (type(value) in kinds and is_finite):
+        return value
+    names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
+    names[types.NoneType] = "None"
+    expected = " or ".join(names.get(kind, repr(kind)) for kind in kinds)
+    raise UserError(f"{where}: {name} is {value!r} but must be {expected}")
 
 
 def help_text(cls: type) -> str:
     """Return each option with its default and comment; a comment alone on a line is a title."""
     width = max(60, shutil.get_terminal_size().columns)
-    script = Path(sys.argv[0])
-    program = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
-    lines = [cls.__doc__, "", f"usage: python {program} [config.py ...] [--option=value ...]"]
-    for line in dedent(getsource(cls)).splitlines():
-        if option := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
-            default = str(getattr(cls, option[1]))
-            default = default if default.isprintable() else repr(default)
-            line = f"  {f'--{option[1]}={default}':38} {option[2]}"
-            lines.append(fill(line, width, subsequent_indent=" " * 41, break_on_hyphens=False))
-        elif title := re.fullmatch(r"    # (.+)", line):
-            lines += ["", title[1] + ":"]
+    lines = [cls.__doc__, "", "usage: [config.py ...] [--option=value ...]"]
+    source = "".join(dedent(getsource(c)) for c in reversed(cls.__mro__[:-1]))  # bases first
+    for name, comment in re.findall(r"^    (?:(\w+): .+  )?# (.+)$", source, re.MULTILINE):
+        if name:
+            option = f"--{name}={getattr(cls, name)}".replace("\n", r"\n")
+            lines.append(fill(f"  {option:38} {comment}", width, subsequent_indent=" " * 41))
+        else:
+            lines += ["", f"{comment}:"]
     return "\n".join(lines)

@@ -10,7 +10,6 @@ and deleted. After an interruption, the same command continues and gives the sam
 end with <|endoftext|>. Repeated ones are dropped, and a long .txt is cut every 100,000 characters.
 """
 
-import json
 import math
 import os
 import re
@@ -23,21 +22,19 @@ from pathlib import Path
 from typing import Literal
 
 from support import corpus
-from support.data import read_meta
-from support.download import download, hub_url, remote_size
-from support.files import atomic_write, free_bytes, lock_path
+from support.data import open_dataset, read_meta
+from support.download import download, hub_url
+from support.files import lock_path
 from support.tokenizer import PIECES, BPETokenizer, from_dict
 
 # The revisions are fixed, because the content behind a name on the hub has changed before.
-SOURCES = {  # name: folder on the hub, files in it, how many
+SOURCES = {  # name: its files on the hub, how many
     "openwebtext": (
-        "datasets/Skylion007/openwebtext/resolve/79d93d786212f7344586290adb811d4ae6a1762c/plain_text",
-        "train-{:05}-of-00080.parquet",
+        "datasets/Skylion007/openwebtext/resolve/79d93d786212f7344586290adb811d4ae6a1762c/plain_text/train-{:05}-of-00080.parquet",
         80,
     ),
     "fineweb-edu": (
-        "datasets/HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT",
-        "{:03}_00000.parquet",
+        "datasets/HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT/{:03}_00000.parquet",
         14,
     ),
 }
@@ -76,65 +73,55 @@ def parse_size(size: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?B)", size.upper())
     if size != "all" and not (match and float(match[1])):
         raise UserError(f"size is {size!r} but must be a number with a unit, as 250MB, or 'all'")
-    units = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-    return float(match[1]) * units[match[2]] if match else math.inf
+    return float(match[1]) * 1000 ** "BKMGT".index(match[2][0]) if match else math.inf
 
 
 def main(config: PrepareConfig) -> None:
     """Make a tokenizer, add shard after shard, and give the token files their names."""
     folder, cache = Path("data", config.dataset), Path("data/cache", config.source)
-    downloads = nullcontext() if config.input else lock_path(cache)
-    with corpus.explain_disk(folder), lock_path(folder), downloads:
-        shards = list_shards(config)
-        options = content_options(config, shards)
+    with lock_path(folder), nullcontext() if config.input else lock_path(cache):
+        shards, options = list_shards(config)
         if is_prepared(folder, options):
             return
-        progress = corpus.load_progress(folder, options, len(shards))
-        limit, n_threads = parse_size(config.size), config.num_threads or os.cpu_count()
-        check_disk(folder, config, shards, limit, progress.text_bytes)
-        tokenizer = load_tokenizer(folder / "tokenizer.json", config, shards)
+        progress = corpus.load_progress(folder, options)
+        progress = progress or corpus.Progress(options, make_tokenizer(config, shards).to_dict())
+        tokenizer = from_dict(progress.tokenizer)
         if not progress.complete:
-            writer = corpus.Writer(folder, progress, limit, n_threads)
+            writer = corpus.Writer(folder, progress, parse_size(config.size), config.num_threads)
         for number, (path, url) in enumerate(shards.items()):
             if number >= progress.shards and not progress.complete:
-                fetch(path, url)
+                if url:
+                    download(url, path)
                 writer.add_shard(path, tokenizer, last=number == len(shards) - 1)
             if url and not config.keep_shards and number < progress.shards:
                 path.unlink(missing_ok=True)
-        meta = corpus.finish(folder, progress, tokenizer)
-    train, val = meta["train_tokens"], meta["val_tokens"]
-    kinds = f"{meta['vocab_size']:,}, {progress.text_bytes / (train + val):.2f} bytes each"
+        corpus.finish(folder, progress, tokenizer)
+    train, val = (progress.lengths[name] // 2 for name in ("train.bin", "val.bin"))
+    kinds = f"{tokenizer.vocab_size:,}, {progress.text_bytes / (train + val):.2f} bytes each"
     print(f"{folder}: {train:,} training and {val:,} validation tokens of {kinds}")
     print("documents:", "; ".join(f"{n:,} {what}" for what, n in progress.counts.items() if n))
 
 
-def list_shards(config: PrepareConfig) -> dict[Path, str]:
-    """Return the files to read, in this order, and for each its address ("" for --input)."""
-    if not config.input:
-        folder, name, count = SOURCES[config.source]
-        names = [name.format(number) for number in range(count)]
-        return {Path("data/cache", config.source, n): hub_url(f"{folder}/{n}") for n in names}
-    paths = []
-    names = [config.input] if os.path.exists(config.input) else config.input.split(",")
-    for name in filter(None, names):
-        path = Path(name)
-        found = [p for p in [path, *sorted(path.rglob("*"))] if p.is_file()]
-        found = [p for p in found if p.name.endswith(corpus.SUFFIXES)]
-        if not found:
-            what = f"file that ends with {', '.join(corpus.SUFFIXES)}" * path.exists()
-            raise UserError(f"input={name}: no such {what or 'file or folder'}")
-        paths += found
-    return dict.fromkeys(paths, "")
-
-
-def content_options(config: PrepareConfig, shards: dict[Path, str]) -> dict:
-    """Return everything that decides the content of the data set."""
+def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
+    """Return the files to read, each with its address ("": yours), and what decides the content."""
     names = ("column", "size", "tokenizer", "vocab_size", "min_chars", "val_fraction")
     options = {name: getattr(config, name) for name in names}
     if not config.input:
-        return {"source": SOURCES[config.source][0]} | options
-    inputs = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in shards]
-    return {"files": [name for name, *_ in inputs]} | options | {"inputs": inputs}
+        files, count = SOURCES[config.source]
+        urls = [hub_url(files.format(number)) for number in range(count)]
+        shards = {Path("data/cache", config.source, Path(url).name): url for url in urls}
+        return shards, {"source": files.rpartition("/")[0]} | options
+    paths = []
+    names = [config.input] if os.path.exists(config.input) else config.input.split(",")
+    for path in map(Path, filter(None, names)):
+        found = [p for p in [path, *sorted(path.rglob("*"))] if p.is_file()]
+        found = [p for p in found if p.name.endswith(corpus.SUFFIXES)]
+        if not found:
+            raise UserError(f"input={path}: no such file, or no {', '.join(corpus.SUFFIXES)} there")
+        paths += found
+    inputs = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in dict.fromkeys(paths)]
+    options = {"files": [name for name, *_ in inputs]} | options | {"inputs": inputs}
+    return dict.fromkeys(paths, ""), options
 
 
 def is_prepared(folder: Path, options: dict) -> bool:
@@ -142,55 +129,32 @@ def is_prepared(folder: Path, options: dict) -> bool:
     if (folder / "progress.json").exists() or not (folder / "meta.json").exists():
         return False
     change = "damaged files"
-    with suppress(UserError, AttributeError, OSError):
-        meta = read_meta(folder / "meta.json")
-        sizes = {name: 2 * meta[f"{name}_tokens"] for name in ("train", "val")}
-        if all((folder / f"{name}.bin").stat().st_size == size for name, size in sizes.items()):
-            before = {name: meta["source"].get(name) for name in options}
-            change = corpus.difference(before, options)
+    with suppress(UserError, OSError):
+        change = corpus.difference(open_dataset(folder)[0]["source"], options)
     again = f"was prepared with {change}; preparing it again ..."
     print(folder, again if change else "is there already; remove it to prepare it again")
     return not change
 
 
-def fetch(path: Path, url: str) -> None:
-    """Download a shard unless it is there."""
-    if not path.exists():
-        download(url, path)
-        with open(path, "rb") as file:
-            magic = file.read(4)
-        if magic != b"PAR1":
-            path.unlink()
-            raise UserError(f"{url}: the server sent something that is not a parquet file")
-
-
-def load_tokenizer(path: Path, config: PrepareConfig, shards: dict[Path, str]) -> BPETokenizer:
-    """Return the data set's tokenizer. At the first start, choose or train it and write `path`."""
-    if not path.exists():
-        if config.tokenizer == "bpe":
-            size = f"{config.vocab_size:,} tokens"
-            print(f"training a tokenizer of {size} on up to 32 MB of text ...")
-            tokenizer = BPETokenizer.train(training_sample(config, shards), config.vocab_size)
-        elif config.tokenizer == "gpt2":
-            tokenizer = BPETokenizer.gpt2()
-        else:
-            tokenizer = from_dict(read_meta(Path(config.tokenizer))["tokenizer"])
-        if not isinstance(tokenizer, BPETokenizer) or tokenizer.vocab_size > 1 << 16:
-            raise UserError(f"tokenizer={config.tokenizer}: not BPE with at most 65,536 tokens")
-        with atomic_write(path) as file:
-            file.write(json.dumps(tokenizer.to_dict()).encode())
-    try:
-        return from_dict(json.loads(path.read_bytes()))
-    except (ValueError, RecursionError) as error:
-        progress = path.with_name("progress.json")
-        raise UserError(f"{path}: damaged ({error}); remove {progress} to start again") from error
+def make_tokenizer(config: PrepareConfig, shards: dict[Path, str]) -> BPETokenizer:
+    """Return GPT-2's tokenizer, that of another data set, or a new one, trained on the text."""
+    if config.tokenizer == "bpe":
+        print(f"training a tokenizer of {config.vocab_size:,} tokens on up to 32 MB of text ...")
+        return BPETokenizer.train(training_sample(config, shards), config.vocab_size)
+    if config.tokenizer == "gpt2":
+        return BPETokenizer.gpt2()
+    tokenizer = from_dict(read_meta(Path(config.tokenizer))["tokenizer"])
+    if not isinstance(tokenizer, BPETokenizer) or tokenizer.vocab_size > 1 << 16:
+        raise UserError(f"tokenizer={config.tokenizer}: not BPE with at most 65,536 tokens")
+    return tokenizer
 
 
 def training_sample(config: PrepareConfig, shards: dict[Path, str]) -> Iterator[str]:
     """Yield the first 32 MB of training text, so that every --size gets the same tokenizer."""
     taken = 0
     for path, url in shards.items():
-        fetch(path, url)
+        if url:
+            download(url, path)
         for document in corpus.read_documents(path, config.column):
             text = corpus.clean(document, Counter())
             _, for_val = corpus.hash_document(text.encode(), config.val_fraction)
@@ -200,19 +164,6 @@ def training_sample(config: PrepareConfig, shards: dict[Path, str]) -> Iterator[
                 taken += len(piece.encode())
                 if taken >= SAMPLE_BYTES:
                     return
-
-
-def check_disk(folder: Path, config: PrepareConfig, shards: dict, limit: float, done: int) -> None:
-    """Raise UserError if there is too little room for the tokens and for what is downloaded."""
-    shard = 0 if config.input else remote_size(next(iter(shards.values())))
-    # OpenWebText is 39.8 GB of text in 80 files of 0.3 GB.
-    text = sum(path.stat().st_size for path in shards if config.input) or 1.6 * shard * len(shards)
-    text = max(0, min(text, limit) - done)
-    downloads = text / 1.6 if shard and config.keep_shards else shard
-    needed, free = text / 2 + downloads, free_bytes(folder)  # 2 bytes per token of 4 characters
-    if needed > free:
-        room = f"{needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free"
-        raise UserError(f"{folder} will need about {room}; make room or choose a smaller --size")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Train a GPT on one processor, one GPU, or many.
 
     python train.py config/phase1_char.py
-    python train.py config/phase1_char.py --n_layer=4 --out_dir=out/deeper
     python train.py config/phase1_char.py --init_from=resume
     torchrun --standalone --nproc_per_node=2 train.py config/phase3_gpt2.py
 
@@ -14,13 +13,15 @@ Reads data/<dataset>/ and writes to out_dir:
     loss.png     training and validation loss                  } at the end
 """
 
+import itertools
 import math
 import signal
 import sys
 import time
-from collections import deque
+from collections.abc import Iterator
 from configurator import UserError, check_range, configure, run
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,13 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT
-from support import diagnosis, pictures, preflight, runtime
+from support import data, runtime
 from support.checkpoint import save_checkpoint
-from support.data import Dataset, Tokens, gather, random_offsets
-from support.log import Log, describe, lock_run, move_earlier_run
-from support.optimizers import make_optimizers
+from support.diagnosis import explain
+from support.log import Log
+from support.optimizers import load_optimizers, make_optimizers
+from support.pictures import write_report
 from support.processes import Processes
-from support.start import model_config, restore, starting_point
+from support.start import find_start, lock_run, make_run_folder
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,10 @@ class TrainConfig:
     eval_interval: int = 2000  # steps between evaluations
     eval_iters: int = 0  # batches per evaluation; 0: every token of val.bin once
     eval_only: bool = False  # print the losses and stop
-    preflight: bool = False  # check data, model and machine, print the cost and stop
-    dollars_per_hour: float = 0.0  # preflight: rent of the machine
     target_val_loss: float = 0.0  # stop when the validation loss is this low
     always_save_checkpoint: bool = True  # False: save ckpt.pt only when the loss improved
     checkpoint_interval: float = 300.0  # seconds between saves outside evaluations; 0: none
-    log_interval: int = 10  # steps between log lines, and between NaN checks on a GPU
+    log_interval: int = 10  # steps between log lines
     sample_interval: int = 0  # steps between samples; also after 0, 25, 50, 100; 0: none
     sample_start: str = "\n"  # prompt of the samples
     sample_tokens: int = 300  # tokens per sample
@@ -100,23 +100,16 @@ class TrainConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # communication of torch.distributed
 
     def __post_init__(self) -> None:
+        check_range(self, 0, 1 << 31, *(f.name for f in fields(self) if f.type in (int, float)))
         counts = ("eval_interval", "log_interval", "sample_tokens", "batch_size", "block_size")
         counts += ("n_layer", "n_head", "n_embd", "gradient_accumulation_steps")
         check_range(self, 1, 1 << 31, *counts)
-        amounts = ("eval_iters", "target_val_loss", "sample_interval", "checkpoint_interval")
-        amounts += ("seed", "max_iters", "muon_lr", "weight_decay", "grad_clip", "warmup_iters")
-        amounts += ("lr_decay_iters", "min_lr", "pad_vocab_to", "dollars_per_hour")
-        check_range(self, 0, 1 << 31, *amounts)
         check_range(self, 0, 0.99, "dropout")
         check_range(self, 0, 0.99999, "beta1", "beta2", "muon_momentum")
         check_range(self, 1e-12, 1e6, "learning_rate")
-        if not self.init_from:
-            raise UserError("init_from is empty; use scratch, resume, auto or a pretrained GPT-2")
         if self.decay_lr and self.min_lr > self.learning_rate:
-            raise UserError(
-                f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it, or "
-                "set decay_lr=False"
-            )
+            rates = f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}"
+            raise UserError(f"{rates}; lower it, or set decay_lr=False")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.sample_interval and not self.sample_start:
@@ -131,261 +124,226 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if not config.decay_lr:
         return peak
     progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
-    linear = config.lr_schedule == "linear"
-    left = 1 - progress if linear else 0.5 * (1 + math.cos(math.pi * progress))
+    cosine = config.lr_schedule == "cosine"
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if cosine else 1 - progress
     return config.min_lr + left * (peak - config.min_lr)
 
 
-class Trainer:
-    """The state of a run: data, model, optimizers, and the step it is at."""
-
-    def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        self.processes, self.device = processes, processes.device
-        start = starting_point(config, processes)
-        self.config = c = start.config
-        self.out_dir = Path(c.out_dir)
-        self.dtype = runtime.resolve_dtype(c.dtype, self.device)
-
-        self.data = Dataset(Path("data") / c.dataset, c.block_size)
-        self.tokenizer = self.data.tokenizer
-        self.prompt = self.tokenizer.encode(c.sample_start) if c.sample_interval else []
-        self.tokens_per_step = c.gradient_accumulation_steps * c.batch_size * c.block_size
-        self.steps_per_epoch = len(self.data.train) / self.tokens_per_step
-        limit = c.eval_iters * c.batch_size
-        self.eval_windows = self.data.eval_windows(c.block_size, limit)  # of train.bin and val.bin
-        self.micros = processes.share(c.gradient_accumulation_steps)  # our forward passes
-
-        torch.manual_seed(c.seed)
-        shape = model_config(c, self.tokenizer.vocab_size)
-        self.model = GPT(shape).to(self.device)
-        self.ddp = self.step_model = self.model  # see runtime.compile_model
-        muon_dtype = runtime.resolve_dtype("auto", self.device)
-        self.optimizers = make_optimizers(self.model, c, muon_dtype)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.failed_step = torch.tensor(-1, device=self.device)  # first step with a NaN or infinity
-        self.recent = deque(maxlen=c.log_interval + 5)  # (step, lr, loss, norm): to explain a NaN
-
-        self.start_step, self.evaluated_step, self.best_val_loss = 0, -1, math.inf
-        self.notes = restore(self, start)
-        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
-
-    def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets, (B, T) each, of forward pass number `micro` of a step."""
-        c = self.config
-        n_sequences = c.gradient_accumulation_steps * c.batch_size
-        offsets = random_offsets(c.seed, step, n_sequences, len(self.data.train), c.block_size)
-        first = micro * c.batch_size
-        return self.batch(self.data.train, offsets[first : first + c.batch_size])
-
-    def batch(self, tokens: Tokens, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the sequences at `offsets` as inputs and targets, (B, T) each, on the device."""
-        pair = map(torch.from_numpy, gather(tokens, offsets, self.config.block_size))
-        if self.device.type == "cuda":  # from pinned memory the CPU does not wait for the copy
-            pair = (ids.pin_memory() for ids in pair)
-        x, y = (ids.to(self.device, non_blocking=True) for ids in pair)
-        return x, y
-
-    def seed_dropout(self, step: int, micro: int) -> None:
-        """Make dropout, like the batch, depend on the seed, the step and the forward pass alone."""
-        if self.config.dropout > 0:
-            seeds = np.random.SeedSequence((self.config.seed, step, micro))
-            torch.manual_seed(int(seeds.generate_state(1)[0]))
-
-    @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Return the training and the validation loss, in nats per token.
-
-        The processes share the work. Not compiled: compiling the model once more, for calls without
-        gradients, would cost more than it saves.
-        """
-        self.model.eval()
-        exact = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
-        total = torch.zeros(2, 2, dtype=exact, device=self.device)  # losses and number of targets
-        for i, tokens in enumerate((self.data.train, self.data.val)):
-            mine = self.eval_windows[i][self.processes.rank :: self.processes.count]
-            for first in range(0, len(mine), self.config.batch_size):
-                x, y = self.batch(tokens, mine[first : first + self.config.batch_size])
-                n_targets = (y >= 0).sum()
-                with runtime.autocast(self.device, self.dtype):
-                    loss = self.model(x, y)[1]
-                total[i] += torch.stack((loss.to(exact) * n_targets, n_targets))
-        self.model.train()
-        losses, targets = self.processes.sum(total).T
-        return tuple((losses / targets).tolist())
-
-    def sample(self) -> str:
-        """Return a text that the model writes after sample_start."""
-        c = self.config
-        prompt = torch.tensor([self.prompt], device=self.device)  # (1, T)
-        generator = torch.Generator(self.device).manual_seed(c.seed)
-        with runtime.autocast(self.device, self.dtype):
-            new = self.model.generate(prompt, c.sample_tokens, temperature=0.8, generator=generator)
-            ids = torch.cat(list(new), dim=1)[0].tolist()
-        return c.sample_start + self.tokenizer.decode(ids)
-
-    def save(self, name: str, step: int, **state) -> None:
-        """Write a checkpoint of the weights and of `state` to the run's folder."""
-        save_checkpoint(
-            self.out_dir / name,
-            self.model,
-            step=step,
-            best_val_loss=self.best_val_loss,
-            tokenizer=self.tokenizer.to_dict(),
-            train_config=asdict(self.config),
-            dataset=self.data.meta["sha256"],
-            **state,
-        )
-
-    def save_state(self, step: int) -> None:
-        """Write ckpt.pt with everything that a resumed run needs."""
-        started = time.perf_counter()
-        self.save(
-            "ckpt.pt",
-            step,
-            evaluated_step=self.evaluated_step,
-            optimizers=[o.state_dict() for o in self.optimizers],
-            scaler=self.scaler.state_dict(),
-        )
-        self.saved_at = time.perf_counter()
-        self.save_seconds = self.saved_at - started
-
-    def save_is_due(self, interval: float) -> bool:
-        """Return whether `interval` seconds and 100 times the last save's duration have passed."""
-        pause = min(100 * self.save_seconds, 3600.0)  # one slow save must not stop saves for days
-        return time.perf_counter() - self.saved_at > max(interval, pause)
-
-    def train_step(self, step: int, lr: float, stop: int = 0, batches=None) -> Tensor:
-        """Update the weights. Returns loss, gradient norm and whether (> 0) any process got `stop`.
-
-        Nothing here waits for a GPU, which still computes one step while the next is prepared. So
-        the GPU itself notices a loss or gradient that is not finite and from then on leaves the
-        weights unchanged; `read` reports it. Benchmarks give their own `batches`.
-        """
-        c = self.config
-        batches = batches or [self.micro_batch(step, micro) for micro in self.micros]
-        loss = torch.zeros((), device=self.device)
-        for i, (x, y) in enumerate(batches):
-            self.seed_dropout(step, self.micros[i])
-            if self.processes.distributed:  # exchange gradients in the last backward pass alone
-                self.ddp.require_backward_grad_sync = i == len(batches) - 1
-            with runtime.autocast(self.device, self.dtype):
-                micro_loss = self.step_model(x, y)[1] / len(batches)
-            self.scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        loss, stop = self.processes.mean(torch.stack((loss, torch.full_like(loss, stop))))
-
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        if c.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), c.grad_clip, grad_norm)
-
-        finite = loss.isfinite()
-        if not self.scaler.is_enabled():  # float16's scaler tries large scales: see `read`
-            finite &= grad_norm.isfinite()
-        self.failed_step = torch.where((self.failed_step < 0) & ~finite, step, self.failed_step)
-
-        skip = ((self.failed_step >= 0) | ~grad_norm.isfinite()).float()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * lr / c.learning_rate
-            optimizer.found_inf = skip  # 1: step() changes nothing
-            optimizer.step()
-        self.scaler.update()
-        self.model.zero_grad(set_to_none=True)
-        self.recent.append((step, lr, loss, grad_norm))
-        return torch.stack((loss, grad_norm, stop))
-
-    def read(self, figures: Tensor) -> tuple[float, float, bool]:
-        """Return train_step's figures as numbers. Raises UserError if one was not finite."""
-        loss, grad_norm, stop = figures.tolist()
-        if self.failed_step >= 0:
-            raise diagnosis.explain_step(self, int(self.failed_step))
-        if not math.isfinite(grad_norm) and self.scaler.get_scale() < 1:  # no scale is small enough
-            raise diagnosis.explain_step(self, self.recent[-1][0])
-        return loss, grad_norm, stop > 0
+def load_batch(tokens, offsets: np.ndarray, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the sequences at `offsets` as inputs and targets, (B, T) each, on the device."""
+    pair = map(torch.from_numpy, data.gather(tokens, offsets, T))
+    if device.type == "cuda":  # from pinned memory the CPU does not wait for the copy
+        pair = (ids.pin_memory() for ids in pair)
+    x, y = (ids.to(device, non_blocking=True) for ids in pair)
+    return x, y
 
 
-def train(trainer: Trainer) -> None:
-    """Run the training loop: evaluate and save, stop at the end, update, log, obey a signal."""
-    c, processes = trainer.config, trainer.processes
-    if processes.is_first and trainer.evaluated_step < 0:  # not resumed
-        move_earlier_run(trainer.out_dir)
-    with runtime.StopSignal() as signals, Log(trainer) as log:
-        log.say("\n".join((describe(trainer), *trainer.notes)))
-        log.say(runtime.compile_model(trainer, log.say))
-        log.start_clock()
-        for step in range(trainer.start_step, c.max_iters + 1):
-            last = step == c.max_iters or trainer.best_val_loss <= c.target_val_loss
-            if (last or step % c.eval_interval == 0) and step != trainer.evaluated_step:
+def micro_batches(tokens, config: TrainConfig, T: int, device, micros, step: int) -> Iterator:
+    """Yield inputs and targets, (B, T) each, of every forward pass from step `step` on.
+
+    `micros` are the numbers of the forward passes of a step that this process computes.
+    """
+    B, n_sequences = config.batch_size, config.batch_size * config.gradient_accumulation_steps
+    for current in itertools.count(step):
+        offsets = data.random_offsets(config.seed, current, n_sequences, len(tokens), T)
+        for micro in micros:
+            yield load_batch(tokens, offsets[micro * B : (micro + 1) * B], T, device)
+
+
+def seed_dropout(config: TrainConfig, step: int, micro: int) -> None:
+    """Make dropout, like the batch, depend on the seed, the step and the forward pass alone."""
+    seeds = np.random.SeedSequence((config.seed, step, micro))
+    torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+
+@torch.no_grad()
+def evaluate(model: GPT, parts, batch_size: int, processes: Processes, precision) -> list[float]:
+    """Return the mean loss on each of `parts`, tokens and offsets of sequences, in nats per token.
+
+    The processes share the work. Not compiled: compiling the model once more, for calls without
+    gradients, would cost more than it saves.
+    """
+    model.eval()
+    losses, device = [], processes.device
+    exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+    for tokens, offsets in parts:
+        mine = offsets[processes.rank :: processes.count]
+        total = torch.zeros(2, dtype=exact, device=device)  # losses, and number of targets
+        for first in range(0, len(mine), batch_size):
+            some = mine[first : first + batch_size]
+            x, y = load_batch(tokens, some, model.config.block_size, device)
+            n_targets = (y >= 0).sum()
+            with precision:
+                loss = model(x, y)[1]
+            total += torch.stack((loss.to(exact) * n_targets, n_targets))
+        loss, n_targets = processes.sum(total).tolist()
+        losses.append(loss / n_targets)
+    model.train()
+    return losses
+
+
+def write_sample(model: GPT, prompt: list[int], count: int, seed: int) -> list[int]:
+    """Return the prompt and `count` token ids that the model writes after it."""
+    device = model.lm_head.weight.device
+    idx, generator = torch.tensor([prompt], device=device), torch.Generator(device)  # (1, T)
+    new = model.generate(idx, count, temperature=0.8, generator=generator.manual_seed(seed))
+    return torch.cat((idx, *new), dim=1)[0].tolist()
+
+
+def why_not_finite(model, config, step, micros, batches, dtype, processes) -> str:
+    """Return why a loss or gradient of the step is not finite. In all processes but one, exit."""
+    reason = ""
+    for micro in micros:
+        seed_dropout(config, step, micro)
+        batch, another = (next(batches([micro], s)) for s in (step, step + 1))
+        reason = reason or explain(model, batch, another, dtype)
+    reasons = list(filter(None, processes.gather(reason)))
+    if not processes.is_first:
+        sys.exit(1)
+    return reasons[0] if reasons else "it does not happen again: try --compile=False"
+
+
+def train(config: TrainConfig, processes: Processes) -> None:
+    """Train a model (with eval_only, evaluate it). The first process saves and logs."""
+    # The machine
+    device, out_dir = processes.device, Path(config.out_dir)
+    runtime.set_up(device, config.deterministic)
+    dtype = runtime.resolve_dtype(config.dtype, device)
+    precision = runtime.autocast(device, dtype)  # around every forward pass
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    micros = processes.share(config.gradient_accumulation_steps)  # our forward passes of a step
+
+    # The data
+    meta, tokenizer, train_tokens, val_tokens = data.open_dataset(Path("data") / config.dataset)
+    state, note = find_start(config, meta, tokenizer, processes)
+    shape, T, first_step = state.shape, state.shape.block_size, state.step
+    parts = data.eval_parts(train_tokens, val_tokens, T, config.eval_iters * config.batch_size)
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * T
+    steps_per_epoch = len(train_tokens) / tokens_per_step
+    prompt = tokenizer.encode(config.sample_start if config.sample_interval else "")
+
+    # The model and its optimizers: new, pretrained, or from a checkpoint
+    torch.manual_seed(config.seed)
+    model = GPT(shape).to(device)
+    optimizers = make_optimizers(model, config, runtime.resolve_dtype("auto", device))
+    if state.weights:
+        model.load_state_dict(state.weights)
+    if state.optimizers:
+        load_optimizers(optimizers, state.optimizers)
+    if state.scaler and scaler.is_enabled():  # empty if dtype was not float16
+        scaler.load_state_dict(state.scaler)
+    # What was loaded need not stay in memory.
+    state = replace(state, weights=model.state_dict(), optimizers=None, scaler=None)
+
+    losses = partial(evaluate, model, parts, config.batch_size, processes, precision)
+    if config.eval_only:
+        train_loss, val_loss = losses()
+        words = f"training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
+        return processes.say(f"step {first_step:,}: {words}")
+
+    # The run
+    if processes.is_first and state.evaluated_step < 0:  # not resumed
+        make_run_folder(out_dir)
+    processes.say(
+        f"{model.num_params():,} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
+        f"{shape.n_embd} wide, context {T}, vocabulary {shape.vocab_size:,}\n"
+        f"{tokens_per_step:,} tokens per step, {steps_per_epoch:,.1f} steps per epoch, "
+        f"{config.max_iters:,} steps = {config.max_iters / steps_per_epoch:.1f} epochs of "
+        f"data/{config.dataset}\n{device} x {processes.count}, {runtime.dtype_name(dtype)}, "
+        f"{config.optimizer}{note}"
+    )
+    batches = partial(micro_batches, train_tokens, config, T, device)
+    upcoming = batches(micros, first_step)
+    x, y = next(upcoming)
+    ddp = processes.wrap(model)
+    step_model = runtime.compile_model(ddp, config, (x, y), precision, processes)
+    log = Log(config, first_step, tokens_per_step, steps_per_epoch, processes.is_first)
+    saved_at = time.perf_counter()
+    with runtime.catch_signals() as signals, log:
+        for step in range(first_step, config.max_iters + 1):
+            # `step` updates are done. Evaluate, write a sample, save, and end if it is time.
+            stop, improved = processes.any(bool(signals)), False
+            due = step % config.eval_interval == 0 or step == config.max_iters
+            due = due and step != state.evaluated_step and not stop
+            if due:
                 log.status("evaluating ...")
-                last = evaluate_and_save(trainer, log, step, last)
-            if log.sample_is_due(step, last):
-                log.status("writing ...")
-                log.sample(step, trainer.sample())
-            if last:
+                train_loss, val_loss = losses()
+                if not math.isfinite(val_loss):
+                    raise UserError(f"step {step}: the validation loss is {val_loss}; not saved")
+                log.evaluation(step, train_loss, val_loss)
+                improved, best = val_loss < state.best_val_loss, min(val_loss, state.best_val_loss)
+                state = replace(state, evaluated_step=step, best_val_loss=best)
+            done = step == config.max_iters or state.best_val_loss <= config.target_val_loss
+            # A young model changes fast, so it writes early samples, too.
+            sample = done or step % (config.sample_interval or 1) == 0 or step in (25, 50, 100)
+            if prompt and sample and not stop and processes.is_first:
+                with precision:
+                    ids = write_sample(model, prompt, config.sample_tokens, config.seed)
+                log.sample(step, tokenizer.decode(ids))
+            timer = 0 < config.checkpoint_interval < time.perf_counter() - saved_at
+            save = stop or improved or (config.always_save_checkpoint and (due or timer))
+            if save and processes.is_first:
+                state = replace(state, step=step)
+                if improved:  # first: after a kill in between, a resumed run evaluates again
+                    save_checkpoint(out_dir / "best.pt", state)
+                moments = [optimizer.state_dict() for optimizer in optimizers]
+                whole = replace(state, optimizers=moments, scaler=scaler.state_dict())
+                save_checkpoint(out_dir / "ckpt.pt", whole)
+                saved_at = time.perf_counter()
+            if stop:
+                log.say(f"saved and stopped after step {step:,}; continue: --init_from=resume")
+                sys.exit(128 + (signals or [signal.SIGTERM])[0])  # or another process got one
+            if done:
                 break
-            lr = learning_rate(step, c)
-            figures = trainer.train_step(step, lr, signals.number)
-            # Reading the figures waits for a GPU, so read them only when they are needed.
-            obey = signals.number > 0 and not processes.distributed  # several stop together, below
-            due = (step + 1) % c.log_interval == 0 or (step + 1) % c.eval_interval == 0
-            if not (due or obey or trainer.device.type == "cpu" or step + 1 == c.max_iters):
-                continue
-            loss, grad_norm, stop = trainer.read(figures)
+
+            # Update number step + 1: forward and backward passes, clip, check, and take the step.
+            lr = learning_rate(step, config)
+            loss = torch.zeros((), device=device)
+            for micro in micros:
+                seed_dropout(config, step, micro)
+                if processes.distributed:  # exchange gradients in the last backward pass alone
+                    ddp.require_backward_grad_sync = micro == micros[-1]
+                with precision:
+                    micro_loss = step_model(x, y)[1] / len(micros)
+                x, y = next(upcoming)  # read and copied while a GPU still computes
+                scaler.scale(micro_loss).backward()
+                loss += micro_loss.detach()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            if config.grad_clip:
+                nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
+            loss = processes.sum(loss) / processes.count
+            loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # waits for a GPU
+            # float16's scaler answers an overflow with a smaller scale, until there is none left.
+            overflow = not math.isfinite(grad_norm)
+            if not math.isfinite(loss) or (overflow and scaler.get_scale() <= 1):
+                reason = why_not_finite(model, config, step, micros, batches, dtype, processes)
+                what = f"the loss is {loss:.4g} and the gradient norm {grad_norm:.4g}"
+                after = "the step was not taken, ckpt.pt is unchanged"
+                raise UserError(
+                    f"step {step}: {what}, at learning rate {lr:.3g}; {reason}; {after}"
+                )
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * lr / config.learning_rate
+                if not overflow:
+                    scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
             log.training(step + 1, loss, grad_norm, lr)
-            save = c.checkpoint_interval > 0 and c.always_save_checkpoint
-            save = save and trainer.save_is_due(c.checkpoint_interval)
-            if processes.is_first and (stop or obey or save):
-                trainer.save_state(step + 1)
-            if stop or obey:
-                log.say(f"saved and stopped after step {step + 1:,}; continue: --init_from=resume")
-                sys.exit(128 + (signals.number or signal.SIGTERM))
-        if processes.is_first:
-            pictures.write_report(trainer.out_dir)
 
-
-def evaluate_and_save(trainer: Trainer, log: Log, step: int, last: bool) -> bool:
-    """Log the losses after `step` updates and save. Returns whether the run ends here."""
-    c = trainer.config
-    train_loss, val_loss = trainer.evaluate()
-    if not math.isfinite(val_loss):
-        raise UserError(f"the validation loss after step {step} is {val_loss}; nothing was saved")
-    last = last or val_loss <= c.target_val_loss
-    improved = val_loss < trainer.best_val_loss
-    trainer.best_val_loss, trainer.evaluated_step = min(val_loss, trainer.best_val_loss), step
-    if trainer.processes.is_first:
-        log.evaluation(step, train_loss, val_loss)
-        if improved:  # first: after a kill in between, a resumed run evaluates again
-            trainer.save("best.pt", step)
-        if (improved or c.always_save_checkpoint) and (last or not step or trainer.save_is_due(0)):
-            trainer.save_state(step)
-    return last
+    if processes.is_first:
+        write_report(out_dir)
+        print(f"loss.png and samples.md are in {out_dir}; let the model write:")
+        print(f"    python sample.py --out_dir={out_dir}")
 
 
 def main(config: TrainConfig) -> None:
-    """Train, check or evaluate, as the options say."""
-    if config.preflight:
-        config = preflight.begin(config)
+    """Train in this process, or together with the others that torchrun started."""
     memory = runtime.explain_out_of_memory(config.batch_size, config.gradient_accumulation_steps)
     with Processes(config.device, config.backend) as processes, memory, lock_run(config, processes):
-        runtime.set_up(processes.device, config.deterministic)
-        trainer = Trainer(config, processes)
-        if config.preflight:
-            preflight.run_checks(trainer)
-        elif config.eval_only:
-            train_loss, val_loss = trainer.evaluate()
-            if processes.is_first:
-                print(
-                    f"step {trainer.start_step:,}: training loss {train_loss:.4f}, validation loss "
-                    f"{val_loss:.4f}, perplexity {math.exp(val_loss):,.2f}, "
-                    f"{trainer.data.bits_per_byte(val_loss):.4f} bits per byte"
-                )
-        else:
-            train(trainer)
-            if processes.is_first:
-                print(f"loss.png and samples.md are in {config.out_dir}; let the model write:")
-                print(f"    python sample.py --out_dir={config.out_dir}")
+        train(config, processes)
 
 
 if __name__ == "__main__":

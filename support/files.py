@@ -1,9 +1,8 @@
-"""Read and write whole files: atomic writes, UTF-8 text, checksums, free space, locks."""
+"""Read and write whole files: atomic writes, locks, checksums, UTF-8 text."""
 
 import hashlib
 import os
 import platform
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,81 +14,63 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def atomic_write(path: Path, size: int = 0) -> Iterator:
+def atomic_write(path: Path) -> Iterator:
     """Yield a binary file that appears at `path` complete and on the disk, or not at all.
 
-    The content goes to a temporary file in the same folder, which then replaces `path`. Raises
-    UserError if the disk does not take it; `size`, if known, tells the user how many bytes it has.
+    Raises UserError if the disk does not take it. Two processes must not write the same file at
+    once: `lock_path` keeps them apart. What a killed process left is overwritten.
     """
-    temporary = None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-        with open(new, "xb") as file:  # with the usual permissions, which tempfile's files lack
-            temporary = new
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError; its context is the reason of the system.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError from the OSError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
             raise
-        cause, needed = reason.strerror or reason, f"{size:,} bytes are needed, " if size else ""
-        raise UserError(
-            f"{path}: can not be written ({cause}); {needed}{free_bytes(path.parent):,} bytes are "
-            "free; an earlier file is unchanged"
-        ) from error
+        reason = f"can not be written ({cause.strerror or cause})"
+        raise UserError(f"{path}: {reason}; an earlier file is unchanged") from error
     finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def replace(temporary: Path, path: Path) -> None:
     """Rename `temporary` to `path`. On Windows, wait up to 14 s for programs that read `path`."""
-    for seconds in (0.1, 0.3, 1, 3, 10):
+    for seconds in (0.1, 0.3, 1, 3, 10, 0):
         try:
-            os.replace(temporary, path)
-            return
+            return os.replace(temporary, path)
         except PermissionError:
-            if platform.system() != "Windows":
+            if platform.system() != "Windows" or not seconds:
                 raise
             time.sleep(seconds)
-    os.replace(temporary, path)
 
 
 @contextmanager
 def lock_path(path: Path, seconds: float = 0) -> Iterator[None]:
     """Hold the only lock on a folder or file inside the block: two processes never write there.
 
-    Waits up to `seconds` for another process, then raises UserError. The lock is a file beside it,
-    because a folder may be moved meanwhile. It ends with the process, even if that is killed.
+    Waits up to `seconds` for another process, then raises UserError. The lock ends with the
+    process, even if that is killed. It is a file beside `path`, because a folder may be moved.
     """
     path = path.resolve()
-    beside = path.parent / f".{path.name}.lock"
-    lock, is_new = FileLock(beside), not path.parent.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    for wait in (0, seconds):
         with suppress(Timeout):
-            lock.acquire(timeout=0)
-        if not lock.is_locked:
-            if seconds:
-                print(f"{path}: another process is at work there; waiting for it ...")
-            lock.acquire(timeout=seconds)
-    except Timeout:
-        raise UserError(f"{path}: another process is at work there; wait for it to end") from None
-    except OSError as error:
-        raise UserError(f"{path}: can not be used ({error.strerror}); choose another") from error
+            lock.acquire(timeout=wait)
+            break
+        if wait == seconds:
+            raise UserError(f"{path}: another process is at work there; wait for it to end")
+        print(f"{path}: another process is at work there; waiting for it ...")
     try:
-        for leftover in path.glob("*.????????.tmp"):  # of an atomic_write that was killed
-            leftover.unlink(missing_ok=True)
         yield
     finally:
         with suppress(OSError):  # Windows removes no open file
-            beside.unlink()
-            if is_new:  # and still empty
-                path.parent.rmdir()
+            Path(lock.lock_file).unlink()
         lock.release()
 
 

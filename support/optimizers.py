@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import GPT
 
@@ -19,43 +19,39 @@ def make_optimizers(model: GPT, config, dtype: torch.dtype) -> list[torch.optim.
 
     Every parameter group has its peak learning rate as "initial_lr".
     """
-    groups, optimizers = param_groups(model), []
-    matrices = groups["hidden"] + groups["embedding"]
+    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]  # of the blocks
+    outside = [p for p in model.parameters() if p.dim() == 2 and p not in set(hidden)]
+    vectors = [p for p in model.parameters() if p.dim() == 1]  # biases and LayerNorms: no decay
+    optimizers = []
     if config.optimizer == "muon":
         rates = (config.muon_lr, config.weight_decay, config.muon_momentum)
-        optimizers.append(Muon(groups["hidden"], *rates, dtype))
-        matrices = groups["embedding"]
+        optimizers.append(Muon(hidden, *rates, dtype))
+    matrices = outside if config.optimizer == "muon" else hidden + outside
     adamw_groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": groups["vector"], "weight_decay": 0.0},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    optimizers.append(
-        torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=betas, fused=True)
-    )
-    for o in optimizers:
-        for group in o.param_groups:
-            group["initial_lr"] = group["lr"]
+    rates = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    optimizers.append(torch.optim.AdamW(adamw_groups, **rates, fused=True))
+    all_groups = [group for o in optimizers for group in o.param_groups]
+    assert {p for g in all_groups for p in g["params"]} == set(model.parameters())
+    for group in all_groups:
+        group["initial_lr"] = group["lr"]
     return optimizers
 
 
-def param_groups(model: GPT) -> dict[str, list[nn.Parameter]]:
-    """Return every parameter in exactly one of three groups.
-
-    "hidden": the matrices of the blocks. "embedding": token and position embeddings and the head.
-    "vector": biases and LayerNorms, which get no weight decay.
-    """
-    groups: dict[str, list[nn.Parameter]] = {"hidden": [], "embedding": [], "vector": []}
-    for name, p in model.named_parameters():
-        in_block = name.startswith("transformer.h.")
-        groups["vector" if p.dim() < 2 else "hidden" if in_block else "embedding"].append(p)
-    return groups
+def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> None:
+    """Restore the optimizers' states, but keep this run's rates, weight decays and momenta."""
+    for optimizer, before in zip(optimizers, saved, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": before["state"], "param_groups": groups})
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: a step moves all directions of a matrix by the same amount."""
 
-    found_inf: Tensor | None = None  # 1: step() changes nothing, as in torch's fused AdamW
+    # GradScaler would look for infinities itself, which waits for the GPU. train.py has looked.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self, params, lr: float, weight_decay: float, momentum: float, dtype: torch.dtype
@@ -72,26 +68,17 @@ class Muon(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffer = self.state[p]["momentum_buffer"]
-                average = buffer.lerp(p.grad, 1 - momentum)
-                buffer.copy_(self.unless_skipped(average, buffer))
-                update = p.grad.lerp(average, momentum)  # Nesterov momentum
+                buffer.lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(buffer, momentum)  # Nesterov momentum
                 wide = update if update.size(0) <= update.size(1) else update.mT
                 batches[wide.shape].append((p, wide))
             for batch in batches.values():
                 updates = orthogonalize(torch.stack([wide for _, wide in batch]).to(self.dtype))
                 for (p, _), update in zip(batch, updates, strict=True):
                     rows, columns = p.size()
-                    new = p * (1 - lr * group["weight_decay"])
                     scale = -lr * math.sqrt(max(1, rows / columns))
-                    new.add_(update if rows <= columns else update.mT, alpha=scale)
-                    p.copy_(self.unless_skipped(new, p))
-
-    def unless_skipped(self, new: Tensor, old: Tensor) -> Tensor:
-        """Return `new`, or `old` in a step that found_inf skips."""
-        skip = self.found_inf
-        if skip is None or skip.device.type == "cpu":  # nothing to wait for
-            return old if skip else new
-        return torch.where(skip > 0, old, new)
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update if rows <= columns else update.mT, alpha=scale)
 
 
 def orthogonalize(x: Tensor) -> Tensor:

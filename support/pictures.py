@@ -1,13 +1,9 @@
 """Show a run: loss.png and samples.md from its log, and the writers of figures and tables."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from support.files import atomic_write
 from support.log import read_log, shorten
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def write_report(out_dir: Path) -> str:
@@ -55,8 +51,8 @@ def markdown_table(header: list[str], rows: list[list[str]], right: set[int] = f
     return "\n".join(lines)
 
 
-def draw_losses(name: str, records: list[dict]) -> "Figure":
-    """Return a figure of the training and validation losses over the epochs of a run."""
+def draw_losses(name: str, records: list[dict]):
+    """Return a matplotlib figure of a run's training and validation losses over its epochs."""
     from matplotlib.figure import Figure  # takes half a second, which the start need not wait for
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
@@ -86,7 +82,7 @@ def draw_losses(name: str, records: list[dict]) -> "Figure":
     return figure
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     """Write a matplotlib figure as a PNG file, completely or not at all."""
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

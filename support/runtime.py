@@ -3,14 +3,12 @@
 import ctypes
 import os
 import platform
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from configurator import UserError
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -19,20 +17,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def resolve_device(name: str) -> torch.device:
     """Return the device called `name`; 'auto' is CUDA, or Apple's mps, or the CPU."""
+    has_mps = torch.backends.mps.is_available()
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(has_mps), "cpu": 1}
     if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        name = next(kind for kind, count in counts.items() if count)
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(
             f"device={name} is not a device; use auto, cpu, cuda, cuda:1 or mps"
         ) from None
-    counts = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
     count = counts.get(device.type, 0)
     if (device.index or 0) >= count:
         raise UserError(f"device={name}: torch finds {count} of these here; use --device=auto")
@@ -57,15 +51,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         fast = False  # Apple's GPU computes bfloat16 no faster than float32
     return torch.bfloat16 if fast else torch.float32
-
-
-def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether `dtype` is bfloat16 and `device` a CPU that is faster in float32.
-
-    One with AVX2 alone computes bfloat16 in software: large products take 400 times as long.
-    """
-    on_cpu = device.type == "cpu"
-    return on_cpu and dtype == torch.bfloat16 != resolve_dtype("auto", device)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -141,18 +126,6 @@ def pack_weights(model: nn.Module) -> None:
                 setattr(parent, name, PackedLinear(layer))
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use so far: on a GPU by tensors, elsewhere by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if platform.system() == "Windows":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # Windows does not have it
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 @contextmanager
 def explain_out_of_memory(batch_size: int = 0, accumulation: int = 0) -> Iterator[None]:
     """Turn every out-of-memory error inside into a UserError that says what to change.
@@ -166,117 +139,73 @@ def explain_out_of_memory(batch_size: int = 0, accumulation: int = 0) -> Iterato
         words = ("allocate memory", "not enough memory", "out of memory", "Invalid buffer size")
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
-        message = "out of memory; use a smaller model, block_size or batch, or --device=cpu"
+        advice = "use a smaller model, block_size or batch, or --device=cpu"
         if batch_size > 1:
-            message = (
-                f"out of memory at batch_size={batch_size}; divide it and multiply "
-                f"gradient_accumulation_steps={accumulation} by the same factor: the result is the "
-                "same"
+            advice = (
+                f"divide batch_size={batch_size} and multiply gradient_accumulation_steps="
+                f"{accumulation} by the same factor: the result is the same"
             )
-        raise UserError(message) from error
+        raise UserError(f"out of memory; {advice}") from error
 
 
-def why_not_compile(option: bool | str, device: torch.device, steps: int) -> str:
-    """Return the reason not to use torch.compile, or "". 'auto' compiles where that pays."""
-    if option != "auto":
-        return "" if option else "--compile=False"
-    if steps < 1000:
-        return f"compiling takes longer than {steps} steps save"
-    if device.type == "mps":
-        return "torch.compile is not ready for Apple's GPU"
-    if device.type == "cuda" and platform.system() == "Windows":
-        return "Triton has no Windows build"
-    if device.type == "cpu" and not any(
-        map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
-    ):
-        return "no C++ compiler found"
-    return ""
+def compile_model(
+    model: nn.Module, config, batch: tuple[Tensor, Tensor], precision, processes
+) -> Callable:
+    """Return the compiled model or, where that fails or does not pay, the model as it is.
 
-
-def compile_model(trainer, say: Callable[[str], None] = print) -> str:
-    """Wrap trainer.model for its processes, compile it, and set trainer.ddp and trainer.step_model.
-
-    Returns a line about the result. A model that can not be compiled is used as it is.
+    A forward and backward pass over `batch`, x and y, shows whether it can be compiled.
     """
-    started = time.perf_counter()
-    trainer.ddp = trainer.step_model = trainer.processes.wrap(trainer.model)
-    # Decided by the length of the whole run, so that a run resumed near its end computes the same.
-    config = trainer.config
-    reason = why_not_compile(config.compile, trainer.device, config.max_iters)
-    if reason:
-        return f"not compiled: {reason}"
-    say("compiling the model (about 30 s) ...")
-    trainer.step_model = torch.compile(trainer.ddp)
-    try:
-        try_out(trainer)
-    except Exception as error:  # a missing compiler or header, an unsupported processor, ...
-        torch.compiler.reset()
-        reason = (
-            f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0][:100]}"
-        )
-    reasons = [reason for reason in trainer.processes.gather(reason) if reason]
-    if reasons:  # if one process can not compile, none does
-        trainer.step_model = trainer.ddp
-        return f"not compiled: {reasons[0]}"
-    return f"compiled in {time.perf_counter() - started:.0f} s"
+    # By the steps of the whole run, so that a run which is resumed near its end computes the same.
+    option, steps = config.compile, config.max_iters
+    compiled, reason, started = model, "--compile=False", time.perf_counter()
+    if option == "auto" and steps < 1000:
+        reason = f"compiling takes longer than {steps} steps save"
+    elif option == "auto" and processes.device.type == "mps":
+        reason = "not tested on Apple's GPU; try --compile=True"
+    elif option:
+        processes.say("compiling the model (about 30 s) ...")
+        compiled, reason = torch.compile(model), ""
+        # Without exchanging gradients: a process that can not compile would keep others waiting.
+        alone = model.no_sync() if processes.distributed else nullcontext()
+        try:
+            with alone:
+                with precision:
+                    loss = compiled(*batch)[1]
+                loss.backward()
+        except Exception as error:  # a missing compiler or header, an unsupported processor, ...
+            torch.compiler.reset()
+            lines = (str(error).strip() or "no reason").splitlines()
+            reason = f"{type(error).__name__}: {lines[0][:100]}"
+        model.zero_grad(set_to_none=True)
+    reasons = list(filter(None, processes.gather(reason)))
+    seconds = time.perf_counter() - started
+    processes.say(f"not compiled: {reasons[0]}" if reasons else f"compiled in {seconds:.0f} s")
+    return model if reasons else compiled  # if one process can not compile, none does
 
 
-def try_out(trainer) -> None:
-    """Run one forward and backward pass, in which a compiled model is compiled."""
-    x, y = trainer.micro_batch(step=0, micro=0)
-    no_exchange = trainer.ddp.no_sync() if trainer.processes.distributed else nullcontext()
-    try:
-        with no_exchange:
-            with autocast(trainer.device, trainer.dtype):
-                loss = trainer.step_model(x, y)[1]
-            loss.backward()
-    finally:
-        trainer.model.zero_grad(set_to_none=True)
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Yield a list that gets the number of each SIGINT, SIGTERM or SIGHUP that arrives inside.
 
-
-def median_seconds(function: Callable, device: torch.device, at_most: float = 10) -> float:
-    """Return the median time of five calls, or of as many as begin within `at_most` seconds."""
-    seconds = []
-    while len(seconds) < 5 and sum(seconds) < at_most:
-        started = now(device)
-        function()
-        seconds.append(now(device) - started)
-    return sorted(seconds)[len(seconds) // 2]
-
-
-def now(device: torch.device) -> float:
-    """Return the time in seconds at which `device` has finished all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
-
-
-class StopSignal:
-    """Inside the block, SIGINT, SIGTERM and SIGHUP only set `number` (0: no signal yet).
-
-    So the run can finish its step and save. A second Ctrl-C ends the process at once.
+    So a run can finish its step and save. The same signal a second time ends the process at once.
     """
+    received: list[int] = []
 
-    def __enter__(self) -> "StopSignal":
-        self.number = 0
-        names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.before = {n: signal.getsignal(n) for n in numbers}
-        for n, handler in self.before.items():
-            if handler != signal.SIG_IGN:  # nohup ignores SIGHUP, and that must stay so
-                signal.signal(n, self.receive)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for n, handler in self.before.items():
-            signal.signal(n, handler)
-
-    def receive(self, number: int, _frame) -> None:
-        if self.number == number == signal.SIGINT:
-            os._exit(128 + number)
-        self.number = number
+    def receive(number: int, _frame) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
         if number == signal.SIGINT:  # not print(): the signal may interrupt another print
             with suppress(OSError):  # the reader of a pipe has ended
                 os.write(1, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup ignores SIGHUP, and that must stay so
+            signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

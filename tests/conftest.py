@@ -1,31 +1,32 @@
-"""What the tests share: one small data set and run, damage to files, a local server."""
+"""What the tests share: one small data set, a tiny run on it, a local server."""
 
 import os
-import re
 import signal
 import threading
 import time
-from configurator import UserError, one_line
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
 
 import prepare_shakespeare
 import train
 from support import download
 from support.checkpoint import load_checkpoint
 from support.log import read_log
-from support.processes import Processes
 
 ROOT = Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = str(ROOT)  # for the programs that tests start
 os.environ.pop("PYTHONUNBUFFERED", None)  # it hides mistakes in how they end
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about a CPU, also where there is a GPU
-torch.backends.mps.is_available = lambda: False
+if torch.backends.mps.is_available():
+
+    def mps_is_available() -> bool:  # no lambda: torch compiles the source of this function
+        return False
+
+    torch.backends.mps.is_available = mps_is_available
 
 # A shell ignores these two in the background, and so would all programs that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,24 +53,11 @@ def dataset(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def tiny_run(dataset):
     """A function: train a tiny model, with some options changed, and return the run's folder."""
-    options = dict(
-        dataset="tiny",
-        out_dir="out/tiny",
-        n_layer=2,
-        n_head=2,
-        n_embd=16,
-        block_size=16,
-        batch_size=4,
-        gradient_accumulation_steps=2,
-        max_iters=12,
-        eval_interval=6,
-        log_interval=1,
-        warmup_iters=2,
-        learning_rate=1e-2,
-        min_lr=1e-3,
-        compile=False,
-        device="cpu",
-    )
+    place = dict(dataset="tiny", out_dir="out/tiny", device="cpu", compile=False)
+    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=16)
+    batch = dict(batch_size=4, gradient_accumulation_steps=2)
+    steps = dict(max_iters=12, eval_interval=6, log_interval=1, warmup_iters=2)
+    options = {**place, **shape, **batch, **steps, "learning_rate": 1e-2, "min_lr": 1e-3}
 
     def run(**changed) -> Path:
         config = train.TrainConfig(**{**options, **changed})
@@ -81,13 +69,24 @@ def tiny_run(dataset):
 
 
 @pytest.fixture
-def tiny_trainer(tiny_run):
-    """A function: return a Trainer with the options of tiny_run, some of them changed."""
+def before_update(monkeypatch):
+    """A function: have runs call action(step, model, optimizers) when `step` updates are done."""
 
-    def make(**changed) -> train.Trainer:
-        return train.Trainer(train.TrainConfig(**{**tiny_run.options, **changed}), Processes("cpu"))
+    def patch(action, monkeypatch=monkeypatch) -> None:
+        parts, make_optimizers, learning_rate = [], train.make_optimizers, train.learning_rate
 
-    return make
+        def make_and_keep(model, *args):
+            parts[:] = [model, make_optimizers(model, *args)]
+            return parts[1]
+
+        def act(step, config):
+            action(step, *parts)
+            return learning_rate(step, config)
+
+        monkeypatch.setattr(train, "make_optimizers", make_and_keep)
+        monkeypatch.setattr(train, "learning_rate", act)
+
+    return patch
 
 
 def options(tiny_run, **changed) -> list[str]:
@@ -102,78 +101,29 @@ def logged(out_dir: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in clock} for record in records]
 
 
-def weights(out_dir: Path) -> dict:
-    return load_checkpoint(out_dir / "ckpt.pt")[1]["model"]
+def weights(out_dir: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(out_dir / "ckpt.pt").weights
 
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Assert that weights, optimizer states and logs of two runs are equal to the last bit."""
-    first, second = (load_checkpoint(path / "ckpt.pt")[1] for path in (a, b))
-    for name in ("model", "optimizers", "scaler", "step", "best_val_loss", "evaluated_step"):
+    first, second = (vars(load_checkpoint(path / "ckpt.pt")) for path in (a, b))
+    for name in ("weights", "optimizers", "scaler", "step", "best_val_loss", "evaluated_step"):
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
     assert logged(a) == logged(b)
 
 
-# The same examples in every run, and no time limit: a busy machine is no fault of the code.
+# The same examples in every run; no time limit, because a busy machine is no fault of the code.
 settings.register_profile(
     "tests", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("tests")
 
 
-# Damaged files. A test with @many_examples runs with 60 of them, and its slow twin with 600.
-
-
-def examples(count: int) -> settings:
-    return settings(max_examples=count)
-
-
-many_examples = pytest.mark.parametrize(
-    "fuzz", [examples(60), pytest.param(examples(600), marks=pytest.mark.slow)], ids=["60", "600"]
-)
-places = st.floats(0, 1, exclude_max=True)  # as a part of the file's length
-damages = st.one_of(
-    st.tuples(st.just("cut"), places),
-    st.tuples(st.just("flip"), places),
-    st.tuples(st.just("random"), st.binary(max_size=300)),
-)
-
-
-def damaged(content: bytes, damage: tuple) -> bytes:
-    """Return `content` cut short, with one bit flipped, or replaced by random bytes."""
-    kind, value = damage
-    if kind == "random":
-        return value
-    if kind == "cut":
-        return content[: int(value * len(content))]
-    bit = int(value * len(content) * 8)
-    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
-
-
-# JSON values that a program does not expect
-odd_values = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(),
-    st.text(max_size=5),
-    st.sampled_from([10**30, -1, 0, float("nan"), float("inf"), [], {}, [1], {"a": 1}]),
-)
-
-
-def or_user_error(read):
-    """Return read(), or None if it raised a UserError. Any other error fails the test."""
-    try:
-        return read()
-    except UserError as error:
-        assert str(error) and "\n" not in one_line(error)
-        return None
-
-
 class Server(ThreadingHTTPServer):
     """A server on this machine that serves `files` and, like the hub, parts of files.
 
-    Each answer takes the next of `faults`, until none is left:
+    Each answer takes the next of `faults`:
 
         an integer   that status instead of the file
         "cut"        the connection ends in the middle of the body
@@ -201,52 +151,39 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    def answer(self, status: int, headers: dict) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
     def do_GET(self) -> None:
         server = self.server
         wanted, fault = self.headers.get("Range", ""), server.faults.pop(0) if server.faults else ""
         server.requests.append((self.path, wanted))
         content = server.files.get(self.path)
         if content is None or isinstance(fault, int):
-            self.send_response(fault or 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and fault != "ignore" else 0
-        if start >= len(content) and start:
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body = content[start:]
-        body = {
-            "cut": body[: len(body) // 2],
-            "part": body[: len(body) // 2],
-            "extra": body + b"!",
-            "wrong": bytes([body[0] ^ 1]) + body[1:],
-        }.get(fault, body)
-        self.send_response(206 if start else 200)
-        if start:
-            first = start + 7 * (fault == "shift")
-            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+            return self.answer(fault or 404, {"Content-Length": 0})
+        total = len(content)
+        start = int(wanted[6:-1]) if wanted and fault != "ignore" else 0  # bytes=START-
+        if start >= total and start:
+            return self.answer(416, {"Content-Range": f"bytes */{total}", "Content-Length": 0})
+        body = rest = content[start:]
+        if fault in ("cut", "part"):
+            body = rest[: len(rest) // 2]
+        elif fault == "extra":
+            body = rest + b"!"
+        elif fault == "wrong":
+            body = bytes([rest[0] ^ 1]) + rest[1:]
+        first, length = start + 7 * (fault == "shift"), len(rest if fault == "cut" else body)
+        headers = {"Content-Range": f"bytes {first}-{total - 1}/{total}"} if start else {}
         if fault != "silent":
-            length = {"extra": len(body), "part": len(body), "long": len(body) + 9}.get(
-                fault, len(content) - start
-            )
-            self.send_header("Content-Length", str(length))
-        for name, value in server.headers.items():
-            self.send_header(name, value)
-        self.end_headers()
+            headers["Content-Length"] = length + 9 * (fault == "long")
+        self.answer(206 if start else 200, headers | server.headers)
         for i in range(0, len(body), 1 << 16):
             time.sleep(server.seconds_per_block)
             server.gate.wait()
             self.wfile.write(body[i : i + (1 << 16)])
-
-    def do_HEAD(self) -> None:
-        content = self.server.files.get(self.path)
-        self.send_response(404 if content is None else 200)
-        self.send_header("Content-Length", str(len(content or b"")))
-        self.end_headers()
 
     def log_message(self, *_) -> None:
         pass
@@ -254,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(download, "PAUSE", 0.0)
+    monkeypatch.setattr(download, "PAUSE", 0.0, raising=False)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     server = Server()

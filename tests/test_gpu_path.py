@@ -1,69 +1,66 @@
 """What a GPU would run, checked without one: waits, devices, graphs, precision, operations."""
 
-import contextlib
-import math
 import socket
-from configurator import UserError, read_options
-from itertools import pairwise
+from configurator import UserError
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import logged
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
+import train
 from model import GPT, GPTConfig
 from support import runtime
 from support.processes import Processes
-from train import TrainConfig, Trainer
-
-
-def make_trainer(tiny_run, processes: Processes | None = None, **changed) -> Trainer:
-    arguments = [f"--{name}={value}" for name, value in {**tiny_run.options, **changed}.items()]
-    config = read_options(TrainConfig, arguments)
-    return Trainer(config, processes or Processes("cpu"))
-
 
 # Waiting, and tensors on the wrong device: the meta device has shapes and dtypes but no values, so
 # every read of a value raises, and so does every product with a tensor on the CPU.
 
 
 @pytest.fixture
-def meta_trainer(tiny_run, monkeypatch):
-    """Return a function: a trainer whose model, optimizers and batches are on the meta device."""
+def meta_run(tiny_run, monkeypatch):
+    """A function: train on the meta device, and return "batch" and "wait" as they happened."""
     from torch.optim import optimizer as torch_optimizer
 
     kinds = torch_optimizer._get_fused_kernels_supported_devices()
     fused = [*kinds, "meta"]
     monkeypatch.setattr(torch_optimizer, "_get_fused_kernels_supported_devices", lambda: fused)
     monkeypatch.setattr(runtime, "resolve_dtype", lambda _name, _device: torch.bfloat16)
-    monkeypatch.setattr(runtime, "autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(runtime, "autocast", lambda *_: torch.autograd.set_grad_enabled(True))
+    monkeypatch.setattr(train, "save_checkpoint", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda _: events.append("wait") or [2.0, 1.0])
+    events, gather = [], train.data.gather
 
-    def make(**changed) -> Trainer:
+    def gather_and_note(*args):
+        events.append("batch")
+        return gather(*args)
+
+    def run(**changed) -> list[str]:
         processes = Processes("cpu")
         processes.device = torch.device("meta")
-        return make_trainer(tiny_run, processes, **changed)
+        train.train(train.TrainConfig(**tiny_run.options | changed), processes)
+        return events
 
-    return make
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_training_step_reads_no_value_from_the_device(meta_trainer, optimizer):
-    trainer = meta_trainer(optimizer=optimizer, dropout=0.1)
-    for step in range(3):
-        figures = trainer.train_step(step, lr=1e-3)
-    assert figures.device.type == "meta" and figures.shape == (3,)
-    with pytest.raises(NotImplementedError, match="no data"):  # this is where a run waits
-        trainer.read(figures)
+    monkeypatch.setattr(train.data, "gather", gather_and_note)
+    return run
 
 
-def test_a_batch_that_stays_on_the_cpu_is_noticed(meta_trainer, monkeypatch):
+@pytest.mark.parametrize("changed", [{}, {"optimizer": "muon", "dropout": 0.1}], ids=str)
+def test_a_step_waits_once_for_the_device_and_has_drawn_the_next_batch_before(meta_run, changed):
+    events = meta_run(max_iters=3, eval_iters=1, **changed)
+    evaluation = ["batch", "wait"] * 2  # of a batch from train.bin and one from val.bin
+    assert events == ["batch", *evaluation, *["batch", "batch", "wait"] * 3, *evaluation]
+
+
+def test_a_batch_that_stays_on_the_cpu_is_noticed(meta_run, monkeypatch):
     """The test above would see a mix of devices: here is one."""
-    trainer = meta_trainer()
-    on_cpu = [(torch.zeros(4, 16, dtype=torch.int64),) * 2]
+    load, cpu = train.load_batch, torch.device("cpu")
+    monkeypatch.setattr(train, "load_batch", lambda *args: load(*args[:3], cpu))
     with pytest.raises(RuntimeError, match="device"):
-        trainer.train_step(0, lr=1e-3, batches=on_cpu)
+        meta_run()
 
 
 # Several processes
@@ -71,58 +68,34 @@ def test_a_batch_that_stays_on_the_cpu_is_noticed(meta_trainer, monkeypatch):
 
 def test_a_compiled_model_exchanges_gradients_while_the_backward_pass_runs(tiny_run, monkeypatch):
     """DistributedDataParallel splits the graph only if it is inside torch.compile."""
+    shape = {"n_layer": 3, "n_embd": 128, "dtype": "float32", "max_iters": 3}
+    plain = logged(tiny_run(out_dir="out/plain", **shape))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
     for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
         monkeypatch.setenv(name, str(value))
-    graphs, compile_ = [], torch.compile
+    graphs, compile_, compile_model, counts = [], torch.compile, runtime.compile_model, []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return aot_eager(graph, inputs)
 
+    def compile_and_count(*args):
+        compiled = compile_model(*args)
+        counts.append(len(graphs))
+        return compiled
+
     monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=backend))
-    shape = {"n_layer": 3, "n_embd": 128, "compile": True, "dtype": "float32"}
-    plain = make_trainer_alone(tiny_run, monkeypatch, **shape)
-    with Processes("cpu", "gloo") as processes:
-        trainer = make_trainer(tiny_run, processes, **shape)
-        assert "compiled in" in runtime.compile_model(trainer)
-        compiled = len(graphs)
-        losses = [trainer.read(trainer.train_step(step, lr=1e-3))[0] for step in range(3)]
-        assert compiled > 1 and len(graphs) == compiled  # and nothing is compiled again
+    monkeypatch.setattr(runtime, "compile_model", compile_and_count)
+    compiled = logged(tiny_run(compile=True, **shape))
+    assert counts[0] > 1 and len(graphs) == counts[0]  # and nothing is compiled again
     assert not dist.is_initialized()
-    expected = [plain.read(plain.train_step(step, lr=1e-3))[0] for step in range(3)]
-    assert losses == pytest.approx(expected, rel=1e-5)
-
-
-def make_trainer_alone(tiny_run, monkeypatch, **shape) -> Trainer:
-    with monkeypatch.context() as context:
-        context.delenv("RANK")
-        context.delenv("WORLD_SIZE")
-        return make_trainer(tiny_run, **shape)
+    for a, b in zip(plain, compiled, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 # Precision
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_after_a_loss_of_nan_no_step_changes_a_weight(tiny_run, dtype, optimizer):
-    """Also if later losses are finite, and nobody has read the figures yet."""
-    trainer = make_trainer(tiny_run, dtype=dtype, optimizer=optimizer)
-    step_model = trainer.step_model
-    weights = []
-    for step in range(6):
-        factor = math.nan if step == 3 else 1.0
-        trainer.step_model = lambda x, y, factor=factor: (None, step_model(x, y)[1] * factor)
-        figures = trainer.train_step(step, lr=0.01)
-        weights.append([p.detach().clone() for p in step_model.parameters()])
-    moved = [not all(map(torch.equal, *pair)) for pair in pairwise(weights)]
-    assert moved == [True, True, False, False, False]
-    trainer.step_model = step_model
-    with pytest.raises(UserError, match="step 3: the loss is nan"):
-        trainer.read(figures)
 
 
 def test_auto_asks_about_the_device_that_is_used(monkeypatch):

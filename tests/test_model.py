@@ -12,7 +12,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogi
 
 import model as model_module
 from model import GPT, GPTConfig, attention, sample_token
-from support.optimizers import param_groups
 from train import TrainConfig
 
 SMALL = dict(vocab_size=97, block_size=24, n_layer=3, n_head=4, n_embd=32)
@@ -151,13 +150,6 @@ def test_every_dropout_is_active_in_training_only(part):
     assert not torch.equal(model(x)[0], model(x)[0])
 
 
-def test_initial_loss_is_that_of_a_uniform_guess():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=1000, block_size=64, n_layer=4, n_head=4, n_embd=64))
-    x = torch.randint(0, 1000, (8, 64))
-    assert model(x, x.roll(-1, 1))[1].item() == pytest.approx(math.log(1000), rel=0.02)
-
-
 def test_initial_weights_have_the_spread_of_gpt2():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=1000, block_size=64, n_layer=4, n_head=4, n_embd=128))
@@ -172,47 +164,22 @@ def test_initial_weights_have_the_spread_of_gpt2():
             )
 
 
-def test_one_batch_can_be_learned_by_heart():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SMALL))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    x, y = tokens(4, 24), tokens(4, 24).flip(0)
-    for _ in range(100):
-        loss = model(x, y)[1]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss.item() < 0.1
-
-
-def test_number_of_parameters():
-    assert GPT(GPTConfig()).num_params() == 124_439_808  # GPT-2 Small as OpenAI released it
-    config = GPTConfig(vocab_size=32000, block_size=512, tie_weights=False)
-    assert GPT(config).num_params() == 134_601_216
-
-
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    ("name", "vocab_size", "parameters"),
     [
-        ("phase1_quick", 108_352),
-        ("phase1_char", 421_504),
-        ("phase2_bpe", 10_101_760),
-        ("phase3_gpt2", 134_601_216),
-        ("gpt2_124m", 124_475_904),
+        ("phase1_quick", 65, 108_352),
+        ("phase1_char", 65, 421_504),
+        ("phase2_bpe", 8192, 10_101_760),
+        ("phase3_gpt2", 32000, 134_601_216),
+        ("gpt2_124m", 50257, 124_439_808 + 47 * 768),  # OpenAI's GPT-2 Small and padded rows
     ],
 )
-def test_the_models_of_the_config_files_have_their_sizes(name, parameters):
-    """The last is OpenAI's 124,439,808 and 47 padded rows of 768."""
+def test_the_models_of_the_config_files_have_their_sizes(name, vocab_size, parameters):
     config = read_options(TrainConfig, [str(ROOT / "config" / f"{name}.py")])
-    shape = {
-        field.name: getattr(config, field.name)
-        for field in fields(GPTConfig)
-        if field.name != "vocab_size"
-    }
-    sizes = {"phase1_quick": 65, "phase1_char": 65, "phase2_bpe": 8192, "gpt2_124m": 50257}
-    vocab_size = sizes.get(name, 32000)
+    names = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]
+    shape = {name: getattr(config, name) for name in names}
     with torch.device("meta"):
-        assert GPT(GPTConfig(vocab_size=vocab_size, **shape)).num_params() == parameters
+        assert GPT(GPTConfig(vocab_size, **shape)).num_params() == parameters
 
 
 def test_padded_rows_of_the_vocabulary_change_nothing_and_are_never_sampled():
@@ -231,22 +198,13 @@ def test_padded_rows_of_the_vocabulary_change_nothing_and_are_never_sampled():
         assert torch.cat(list(padded.generate(x, 50, temperature=temperature))).max() < 97
 
 
-def test_gelu_has_both_its_forms():
+def test_gelu_has_both_its_forms_also_where_it_is_compiled(monkeypatch):
     x = torch.linspace(-6, 6, 1000)
     assert torch.equal(model_module.gelu(x), F.gelu(x, approximate="tanh"))
     assert torch.equal(model_module.gelu(x, "exact"), F.gelu(x))
     assert not torch.equal(model_module.gelu(x), model_module.gelu(x, "exact"))
-
-
-def test_every_parameter_is_in_one_group_and_vectors_are_not_decayed():
-    for tie_weights in (True, False):
-        model = small_model(tie_weights=tie_weights)
-        groups = param_groups(model)
-        listed = [p for group in groups.values() for p in group]
-        assert len(listed) == len(set(listed)) and set(listed) == set(model.parameters())
-        assert all(p.dim() == 1 for p in groups["vector"])
-        blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-        assert set(groups["hidden"]) == set(blocks) and len(blocks) == 4 * 3
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(model_module.gelu(x), F.gelu(x, approximate="tanh"))
 
 
 @pytest.mark.parametrize("prompt_length", [1, 10, 24, 40])
@@ -278,17 +236,6 @@ def test_generation_leaves_the_model_as_it_was():
     assert model.training
 
 
-def test_same_generator_seed_gives_the_same_tokens():
-    model = small_model()
-    a, b, c = (
-        torch.cat(
-            list(model.generate(tokens(1, 3), 40, generator=torch.Generator().manual_seed(seed)))
-        )
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(a, b) and not torch.equal(a, c)
-
-
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(None, None), (5, None), (1000, None), (None, 0.6), (None, 1e-6), (7, 0.8)]
 )
@@ -307,15 +254,8 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(temperature, to
         logits.expand(n, -1), temperature=temperature, top_k=top_k, top_p=top_p
     ).flatten()
     frequency = torch.bincount(drawn, minlength=30) / n
-    assert torch.equal(
-        frequency > 0, frequency * (expected > 0) > 0
-    )  # none outside of what is kept
+    assert not frequency[expected == 0].any()
     torch.testing.assert_close(frequency, expected, rtol=0, atol=0.02)
-
-
-def test_temperature_zero_takes_the_most_likely_token():
-    logits = torch.randn(16, 30)
-    assert torch.equal(sample_token(logits, temperature=0), logits.argmax(-1, keepdim=True))
 
 
 def test_other_devices_take_the_fused_attention(monkeypatch):

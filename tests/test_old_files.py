@@ -23,9 +23,8 @@ def old_run(tmp_path, monkeypatch) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.skipif(
-    not torch.backends.mkl.is_available(), reason="without MKL, torch draws other random numbers"
-)
+# without MKL, torch draws other random numbers
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
 def test_an_old_checkpoint_writes_the_text_that_it_wrote_then(old_run, capsys):
     options = dict(start="3 times", max_new_tokens=40, dtype="float32", seed=5)
     sample.main(sample.SampleConfig(out_dir=str(old_run), **options))
@@ -38,6 +37,6 @@ def test_an_old_run_is_resumed_on_its_old_data(old_run):
     rates = "optimizer=muon dtype=float32 learning_rate=1e-2 min_lr=1e-3"
     options = [f"--{option}" for option in f"{shape} {rest} {rates}".split()]
     train.main(read_options(train.TrainConfig, [*options, "--init_from=resume", "--max_iters=20"]))
-    assert load_checkpoint(old_run / "ckpt.pt")[1]["step"] == 20
-    steps = [r["step"] for r in read_log(old_run / "log.jsonl") if "loss" in r]
-    assert steps == list(range(1, 21))
+    assert load_checkpoint(old_run / "ckpt.pt").step == 20
+    records = read_log(old_run / "log.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 21))

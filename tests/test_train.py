@@ -1,22 +1,30 @@
-"""Training runs of a tiny model: what they compute, write, repeat and refuse."""
+"""Training runs of a tiny model: what they compute, write, repeat, and how they end."""
 
-import contextlib
 import math
 import os
 import signal
 import subprocess
 import sys
-from configurator import UserError, read_options
+from configurator import UserError
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXT, assert_same_run, logged, options, weights
 from test_model import reference
 
 import train
-from support.checkpoint import load_checkpoint
+from model import GPT
+from support import data
+from support.checkpoint import build_model, load_checkpoint
 from support.log import shorten
+from support.processes import Processes
+
+CPU = torch.device("cpu")
+SAVE_ALWAYS = {"checkpoint_interval": 1e-9}  # seconds: after every update
 
 # What a run computes
 
@@ -54,17 +62,17 @@ def test_two_compiled_runs_on_two_threads_end_with_the_same_bits(tiny_run):
     ],
     ids=str,
 )
-def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_run(tiny_run, monkeypatch, changed):
+def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_run(
+    tiny_run, before_update, changed
+):
     changed = {"sample_interval": 6, "sample_start": "1", **changed}
     whole = tiny_run(out_dir="out/whole", **changed)
-    train_step = train.Trainer.train_step
 
-    def stop_after_steps(trainer, step, *args):
+    def stop_after_steps(step, *_):
         if step in (4, 5, 9):  # after step 5 an evaluation is due that was not made
             signal.raise_signal(signal.SIGTERM)
-        return train_step(trainer, step, *args)
 
-    monkeypatch.setattr(train.Trainer, "train_step", stop_after_steps)
+    before_update(stop_after_steps)
     for init_from in ("scratch", "resume", "resume"):
         with pytest.raises(SystemExit) as exit_:
             tiny_run(out_dir="out/parts", init_from=init_from, **changed)
@@ -74,12 +82,14 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_run(tiny_run, mon
     assert len(logged(whole)) == 12 + 3 + 3  # updates, evaluations and samples
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_run, tiny_trainer):
+def test_a_run_computes_what_a_plain_loop_computes(tiny_run, dataset):
     """torch's own AdamW on the mean loss of all eight sequences of a step."""
     changed = {"max_iters": 3, "grad_clip": 0.5, "weight_decay": 0.3, "dtype": "float32"}
-    changed |= {"beta1": 0.8, "beta2": 0.9}
-    out_dir, trainer = tiny_run(**changed), tiny_trainer(**changed)
-    model, parameters = trainer.model, list(trainer.model.parameters())
+    config = train.TrainConfig(**tiny_run.options | changed | {"beta1": 0.8, "beta2": 0.9})
+    out_dir = tiny_run(**changed, beta1=0.8, beta2=0.9)
+    torch.manual_seed(config.seed)
+    model = GPT(load_checkpoint(out_dir / "ckpt.pt").shape)
+    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.3},
@@ -87,18 +97,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_run, tiny_train
         ],
         betas=(0.8, 0.9),
     )
+    ids = torch.from_numpy(np.fromfile(dataset / "train.bin", "<u2").astype(np.int64))
     records = [r for r in logged(out_dir) if "loss" in r]
     for step in range(3):
-        batches = [trainer.micro_batch(step, micro) for micro in range(2)]
-        x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        assert x.shape == (8, 16)
-        loss = model(x, y)[1]
+        offsets = data.random_offsets(config.seed, step, 8, len(ids), 16)
+        windows = torch.stack([ids[i : i + 17] for i in offsets])
+        loss = model(windows[:, :-1], windows[:, 1:])[1]
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-        found = (records[step]["loss"], records[step]["grad_norm"])
-        assert found == pytest.approx((loss.item(), norm.item()), rel=1e-4)
+        found = [records[step][name] for name in ("loss", "grad_norm", "lr")]
+        lr = train.learning_rate(step, config)
+        assert found == pytest.approx([loss.item(), norm.item(), lr], rel=1e-4)
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, trainer.config)
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
     for name, p in model.state_dict().items():
@@ -110,43 +121,56 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_run, tiny_train
         torch.testing.assert_close(found, p, rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_in_smaller_parts_has_the_same_losses(tiny_run):
-    """As README.md advises when memory runs out."""
-    large = logged(tiny_run(dtype="float32"))
-    small = logged(tiny_run(dtype="float32", batch_size=2, gradient_accumulation_steps=4))
-    for a, b in zip(large, small, strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+def test_batches_depend_on_seed_and_step_alone_and_processes_share_them(tiny_run, dataset):
+    tokens = data.Tokens(dataset / "train.bin")
+
+    def take(n: int, micros, step: int, **changed) -> torch.Tensor:
+        four = {"gradient_accumulation_steps": 4}
+        config = train.TrainConfig(**tiny_run.options | four | changed)
+        batches = train.micro_batches(tokens, config, 16, CPU, micros, step)
+        return torch.stack([torch.stack(next(batches)) for _ in range(n)])  # (n, 2, B, T)
+
+    whole = take(12, range(4), 0)  # of three steps
+    assert whole.shape == (12, 2, 4, 16) and torch.equal(whole[:, 0, :, 1:], whole[:, 1, :, :-1])
+    assert torch.equal(take(8, range(4), 1), whole[4:])
+    assert torch.equal(take(4, range(2), 0), whole[[0, 1, 4, 5]])  # of the first of two processes
+    assert torch.equal(take(4, range(2, 4), 0), whole[[2, 3, 6, 7]])
+    larger = take(2, range(1), 0, batch_size=16, gradient_accumulation_steps=1)
+    assert torch.equal(larger[0, 0], whole[:4, 0].flatten(0, 1))
+    assert not torch.equal(whole[:4], whole[4:8]) and not torch.equal(whole[0], whole[1])
+    assert not torch.equal(take(1, range(4), 0, seed=2), whole[:1])
 
 
-def test_another_seed_has_other_batches(tiny_trainer):
-    first, second = (tiny_trainer(seed=seed).micro_batch(0, 0)[0] for seed in (1, 2))
-    assert not torch.equal(first, second)
+def test_dropout_depends_on_seed_step_and_forward_pass_alone():
+    def draw(seed: int, step: int, micro: int) -> float:
+        train.seed_dropout(train.TrainConfig(seed=seed), step, micro)
+        return torch.rand(()).item()
+
+    draws = [draw(1, 2, 3), draw(2, 2, 3), draw(1, 3, 3), draw(1, 2, 4), draw(1, 3, 2)]
+    assert len(set(draws)) == 5 and draw(1, 2, 3) == draws[0]
 
 
-def test_validation_loss_is_that_of_transformers_over_every_token(tiny_run):
-    out_dir = tiny_run(dtype="float32")
-    model, checkpoint = load_checkpoint(out_dir / "ckpt.pt")
-    theirs, chars = reference(model), checkpoint["tokenizer"]["chars"]
-    ids = torch.tensor([chars.index(char) for char in TEXT[int(0.9 * len(TEXT)) :]])
-    total = 0.0
+def test_losses_are_those_of_transformers_over_every_token(tiny_run, dataset):
+    out_dir = tiny_run(dtype="float32", dropout=0.5)
+    checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+    model = build_model(checkpoint.shape, checkpoint.weights)
+    theirs, tokens = reference(model), data.Tokens(dataset / "val.bin")
+    ids = torch.from_numpy(tokens.open().astype(np.int64))
+    total, losses = 0.0, []
     for start in range(0, len(ids) - 1, 16):
         window = ids[start : start + 17]
         logits = theirs(window[None, :-1]).logits[0]
-        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+        total += losses[-1] * (len(window) - 1)
     evaluations = [r for r in logged(out_dir) if "val_loss" in r]
     assert [r["step"] for r in evaluations] == [0, 6, 12]
     assert evaluations[-1]["val_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
-
-
-def test_batches_given_to_a_step_take_the_place_of_its_own(tiny_trainer):
-    own, given, other = (tiny_trainer() for _ in range(3))
-    batches = [own.micro_batch(0, micro) for micro in range(2)]
-    own.train_step(0, lr=0.01)
-    given.train_step(0, lr=0.01, batches=batches)
-    other.train_step(0, lr=0.01, batches=batches[:1])
-    for a, b in zip(own.model.parameters(), given.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert not torch.equal(own.model.lm_head.weight, other.model.lm_head.weight)
+    windows = np.arange(0, len(ids) - 1, 16)
+    parts = [(tokens, windows), (tokens, windows[:3])]
+    model.train()  # dropout would change the losses
+    found = train.evaluate(model, parts, 4, Processes("cpu"), torch.autocast("cpu", enabled=False))
+    assert found == pytest.approx([total / (len(ids) - 1), sum(losses[:3]) / 3], rel=1e-5)
+    assert model.training
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
@@ -168,8 +192,11 @@ def test_learning_rate_is_that_of_torchs_schedulers(shape):
     assert train.learning_rate(49, config) == pytest.approx(0.1)
 
 
-def test_learning_rate_stays_at_its_peak_without_decay():
+def test_learning_rate_stays_at_its_peak_without_decay_and_decays_to_the_end_by_default():
     assert train.learning_rate(49, train.TrainConfig(decay_lr=False, warmup_iters=1)) == 6e-4
+    config = train.TrainConfig(max_iters=100, warmup_iters=0, learning_rate=0.4, min_lr=0.2)
+    rates = [train.learning_rate(step, config) for step in (0, 50, 100)]
+    assert rates == pytest.approx([0.4, 0.3, 0.2])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -196,6 +223,8 @@ def test_a_run_leaves_its_log_samples_picture_and_checkpoints(tiny_run, capsys):
     assert {path.name for path in out_dir.iterdir()} == names
     records = logged(out_dir)
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
+    # 2,820 characters of 16 x 8 tokens: 45.99 steps per epoch
+    assert records[-1]["epoch"] == pytest.approx(12 * 128 / int(0.9 * len(TEXT)))
     samples = [r["sample"] for r in records if "sample" in r]
     assert len(samples) == 2 and all(s.startswith("3 times") and len(s) == 27 for s in samples)
     page, printed = (out_dir / "samples.md").read_text(encoding="utf-8"), capsys.readouterr().out
@@ -204,36 +233,36 @@ def test_a_run_leaves_its_log_samples_picture_and_checkpoints(tiny_run, capsys):
     losses = [r["val_loss"] for r in records if "val_loss" in r]
     assert f"| validation loss {losses[-1]:.4f}\n" in printed
     assert "python sample.py --out_dir=out/tiny" in printed
+    assert "parameters: 2 layers, 2 heads, 16 wide, context 16, vocabulary 18" in printed
+    assert "128 tokens per step" in printed and "cpu x 1, " in printed
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    best, last = (load_checkpoint(out_dir / name)[1].keys() for name in ("best.pt", "ckpt.pt"))
-    assert best < last
+    last, best = (load_checkpoint(out_dir / name) for name in ("ckpt.pt", "best.pt"))
+    assert last.optimizers and best.optimizers is None and best.scaler is None
+    assert last.train_config["seed"] == 1337 and last.tokenizer["kind"] == "char"
+    assert set(last.dataset) == {"train.bin", "val.bin"}
 
 
-def test_the_best_checkpoint_has_the_lowest_validation_loss(tiny_run, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(train.Trainer, "evaluate", lambda _: (9.0, next(losses)))
-    out_dir = tiny_run()
-    assert load_checkpoint(out_dir / "best.pt")[1]["step"] == 6
-    last = load_checkpoint(out_dir / "ckpt.pt")[1]
-    assert (last["step"], last["best_val_loss"]) == (12, 1.0)
+def losses_of(monkeypatch, *val_losses: float) -> None:
+    """Have the next evaluations return these validation losses."""
+    losses = iter(val_losses)
+    monkeypatch.setattr(train, "evaluate", lambda *_: [9.0, next(losses)])
 
 
-def test_always_save_checkpoint_false_saves_only_improvements(tiny_run, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(train.Trainer, "evaluate", lambda _: (9.0, next(losses)))
-    monkeypatch.setattr(train.Trainer, "save_is_due", lambda *_: True)
-    assert load_checkpoint(tiny_run(always_save_checkpoint=False) / "ckpt.pt")[1]["step"] == 6
+@pytest.mark.parametrize("always", [True, False])
+def test_the_best_checkpoint_has_the_lowest_validation_loss(tiny_run, monkeypatch, always):
+    losses_of(monkeypatch, 3.0, 1.0, 2.0)
+    out_dir = tiny_run(always_save_checkpoint=always, **SAVE_ALWAYS)
+    best, last = (load_checkpoint(out_dir / name) for name in ("best.pt", "ckpt.pt"))
+    assert (best.step, best.best_val_loss) == (6, 1.0)
+    assert (last.step, last.best_val_loss) == (12 if always else 6, 1.0)
 
 
-def test_target_val_loss_stops_the_run(tiny_run):
+def test_target_val_loss_ends_the_run_and_it_is_over_when_started_again(tiny_run):
     records = logged(tiny_run(eval_interval=2, target_val_loss=2.8))
     losses = [r["val_loss"] for r in records if "val_loss" in r]
     assert len(losses) < 7 and losses[-1] <= 2.8 < losses[-2]
-
-
-def test_a_run_that_reached_its_target_is_over_when_started_again(tiny_run):
-    before = logged(tiny_run(eval_interval=2, target_val_loss=2.8))
-    assert logged(tiny_run(eval_interval=2, target_val_loss=2.8, init_from="auto")) == before
+    again = logged(tiny_run(eval_interval=2, target_val_loss=2.8, init_from="auto"))
+    assert again == records
 
 
 def test_eval_only_prints_the_losses_and_writes_nothing(tiny_run, capsys):
@@ -243,147 +272,99 @@ def test_eval_only_prints_the_losses_and_writes_nothing(tiny_run, capsys):
     tiny_run(init_from="resume", eval_only=True)
     printed, end = capsys.readouterr().out, logged(out_dir)[-1]
     train_loss, val_loss = end["train_loss"], end["val_loss"]
-    losses = f"step 12: training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
-    assert losses in printed
-    # In data/tiny a token is a character of one byte.
-    bits = val_loss / math.log(2)
-    assert f"perplexity {math.exp(val_loss):.2f}, {bits:.4f} bits per byte" in printed
+    losses = f"training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
+    assert f"step 12: {losses}" in printed
     assert {path: path.read_bytes() for path in out_dir.iterdir()} == before
 
 
 @pytest.mark.parametrize(
     ("interval", "steps"),
-    [(200, [0, 25, 50, 100, 200, 250]), (80, [0, 25, 50, 80, 100, 160, 240, 250]), (0, [])],
+    [(200, [0, 25, 50, 100, 200, 220]), (80, [0, 25, 50, 80, 100, 160, 220]), (0, [])],
 )
-def test_samples_come_early_at_their_interval_and_at_the_end(
-    tiny_run, interval, steps, monkeypatch
-):
-    monkeypatch.setattr(train.Trainer, "train_step", lambda *_, **__: torch.zeros(3))
+def test_samples_come_early_at_their_interval_and_at_the_end(tiny_run, interval, steps):
     changed = {"sample_interval": interval, "sample_start": "1", "sample_tokens": 2}
-    run = {"max_iters": 250, "eval_interval": 245, "eval_iters": 1, "log_interval": 250}
-    records = logged(tiny_run(**changed, **run))
+    size = {"n_layer": 1, "batch_size": 1, "gradient_accumulation_steps": 1}
+    run = {"max_iters": 220, "eval_interval": 215, "eval_iters": 1, "log_interval": 220}
+    records = logged(tiny_run(**changed, **size, **run))
     assert [r["step"] for r in records if "sample" in r] == steps
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3, 4, 6])
-def test_a_resumed_run_has_the_log_of_one_that_was_not_interrupted(tiny_run, monkeypatch, stop):
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+def test_a_resumed_run_has_the_log_of_one_that_was_not_interrupted(tiny_run, before_update, stop):
     """The checkpoint is from after step `stop`, and the log goes on for two steps after that."""
     options = {"sample_interval": 3, "sample_start": "1", "sample_tokens": 4, "eval_interval": 3}
-    whole = logged(tiny_run(**options, max_iters=6))
-    original = train.Trainer.train_step
+    whole = tiny_run(**options, max_iters=6, out_dir="out/whole")
+    killed, content = Path("out/tiny/ckpt.pt"), []
 
-    def step_or_fail(trainer, step, *args, **kwargs):
-        if step == stop:
-            trainer.save_state(step)
-        if step == stop + 2:
+    def kill(step, *_):
+        content.append(killed.read_bytes())  # of the checkpoint after `step` updates
+        if step == stop + 2 or step == 5:
             raise KeyboardInterrupt
-        return original(trainer, step, *args, **kwargs)
 
-    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
-        patched.setattr(train.Trainer, "train_step", step_or_fail)
-        tiny_run(**options, max_iters=6)
-    records = logged(tiny_run(**options, max_iters=6, init_from="resume"))
-    times = {"seconds": 0, "tokens_per_second": 0}
-    assert [r | times for r in records] == [r | times for r in whole]
-
-
-def test_a_new_run_keeps_an_earlier_one(tiny_run, capsys):
-    contents = [(tiny_run(seed=n, max_iters=2) / "ckpt.pt").read_bytes() for n in range(3)]
-    assert f"the earlier run is now in {Path('out/tiny.2').resolve()}" in capsys.readouterr().out
-    paths = [Path(f"out/{name}/ckpt.pt") for name in ("tiny.1", "tiny.2", "tiny")]
-    assert [path.read_bytes() for path in paths] == contents
-    Path("out/tiny/ckpt.pt").unlink()  # the best weights alone are worth keeping, too
-    best = Path("out/tiny/best.pt").read_bytes()
-    tiny_run(max_iters=1)
-    assert Path("out/tiny.3/best.pt").read_bytes() == best
-
-
-def test_an_earlier_run_in_the_current_folder_is_not_overwritten(tiny_run):
-    first = (tiny_run(out_dir=".", max_iters=1) / "ckpt.pt").read_bytes()
-    for out_dir in (".", "", str(Path.cwd())):
-        with pytest.raises(UserError, match="the folder that you are in, and it has an earlier"):
-            tiny_run(out_dir=out_dir, max_iters=2)
-    assert Path("ckpt.pt").read_bytes() == first
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows lets only administrators make links")
-def test_a_run_folder_may_be_a_link(tiny_run, tmp_path):
-    Path("drive").mkdir()
-    Path("out").mkdir()
-    Path("out/link").symlink_to(Path("drive").resolve(), target_is_directory=True)
-    contents = [
-        (tiny_run(seed=n, max_iters=1, out_dir="out/link") / "ckpt.pt").read_bytes() for n in (0, 1)
-    ]
-    assert [Path(f"{name}/ckpt.pt").read_bytes() for name in ("drive.1", "drive")] == contents
-
-
-def test_saving_waits_for_its_interval_and_for_100_times_its_duration(tiny_trainer, monkeypatch):
-    trainer = tiny_trainer()
-    now = trainer.saved_at
-    monkeypatch.setattr(train.time, "perf_counter", lambda: now)
-    for save_seconds, age, due in (
-        (0.1, 59, False),
-        (0.1, 61, True),
-        (1.0, 61, False),
-        (1.0, 101, True),
-        (600.0, 3599, False),
-        (600.0, 3601, True),
-    ):
-        trainer.save_seconds, now = save_seconds, trainer.saved_at + age
-        assert trainer.save_is_due(60) is due
+    with pytest.MonkeyPatch.context() as patch:
+        before_update(kill, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_run(**options, max_iters=6, **SAVE_ALWAYS)
+    killed.write_bytes(content[stop])
+    assert_same_run(tiny_run(**options, max_iters=6, init_from="resume"), whole)
 
 
 def test_checkpoints_between_evaluations_limit_what_a_kill_can_cost(tiny_run, monkeypatch):
-    saved = []
-    monkeypatch.setattr(train.Trainer, "save_state", lambda trainer, step: saved.append(step))
-    monkeypatch.setattr(train.Trainer, "save_is_due", lambda *_: True)
-    tiny_run()
-    assert saved == [0, 1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]
+    saved, now = [], [0.0]
+    monkeypatch.setattr(train, "save_checkpoint", lambda p, c: saved.append((p.name, c.step)))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    advance = lambda *_: now.__setitem__(0, now[0] + 10)  # noqa: E731
+    monkeypatch.setattr(train, "seed_dropout", advance)  # twice in a step
+    losses_of(monkeypatch, 3.0, 4.0, 5.0)
+    tiny_run(checkpoint_interval=50)
+    first = [("best.pt", 0), ("ckpt.pt", 0)]
+    assert saved == [*first, *(("ckpt.pt", step) for step in (3, 6, 9, 12))]
     saved.clear()
+    losses_of(monkeypatch, 3.0, 4.0, 5.0)
     tiny_run(checkpoint_interval=0, out_dir="out/other")
-    assert saved == [0, 6, 12]
+    assert saved == [*first, ("ckpt.pt", 6), ("ckpt.pt", 12)]
 
 
 def test_an_evaluation_that_was_logged_but_not_saved_is_logged_once(tiny_run, monkeypatch):
-    """A kill between the log line of an evaluation and the checkpoint of the same step."""
-    whole = tiny_run(out_dir="out/whole")
-    save_state = train.Trainer.save_state
+    """A kill between best.pt and ckpt.pt of the same step."""
+    whole, save_checkpoint = tiny_run(out_dir="out/whole"), train.save_checkpoint
 
-    def save_or_stop(trainer, step):
-        if trainer.evaluated_step == 6:
-            raise SystemExit
-        save_state(trainer, step)
+    def save_or_stop(path, checkpoint):
+        if path.name == "ckpt.pt" and checkpoint.step == 6:
+            raise KeyboardInterrupt
+        save_checkpoint(path, checkpoint)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "save_state", save_or_stop)
-        patch.setattr(train.Trainer, "save_is_due", lambda *_: True)
-        with pytest.raises(SystemExit):
-            tiny_run()
-    assert logged(tiny_run(init_from="auto")) == logged(whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_checkpoint", save_or_stop)
+        tiny_run(**SAVE_ALWAYS)
+    assert load_checkpoint(Path("out/tiny/best.pt")).step == 6
+    assert_same_run(tiny_run(init_from="auto"), whole)
+
+
+# How a run ends
+
+
+def start_run(tiny_run, stderr=None) -> subprocess.Popen:
+    """Start a long run, and return it when it has logged step 20."""
+    args = options(tiny_run, max_iters=100_000, eval_interval=100_000)
+    pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *args], **pipes)
+    while not process.stdout.readline().startswith("step     20"):
+        assert process.poll() is None
+    return process
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to another process")
 @pytest.mark.parametrize(
-    "name",
-    [
-        "SIGTERM",
-        pytest.param("SIGINT", marks=pytest.mark.slow),
-        pytest.param("SIGHUP", marks=pytest.mark.slow),
-    ],
+    "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGHUP"))]
 )
 def test_a_signal_finishes_the_step_saves_and_prints_how_to_continue(tiny_run, name):
-    args = options(tiny_run, max_iters=100_000, eval_interval=100_000)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *args], stdout=subprocess.PIPE, text=True
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("step     20"):
-            process.send_signal(getattr(signal, name))
+    process = start_run(tiny_run)
+    process.send_signal(getattr(signal, name))
+    lines = process.stdout.readlines()
     assert process.wait() == 128 + getattr(signal, name)
     assert "--init_from=resume" in lines[-1]
-    step = load_checkpoint(Path("out/tiny/ckpt.pt"))[1]["step"]
+    step = load_checkpoint(Path("out/tiny/ckpt.pt")).step
     assert step >= 20 and f"step {step:,}" in lines[-1]
 
 
@@ -392,64 +373,87 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_continue(tiny_run, n
 @pytest.mark.parametrize("interrupt", [False, True])
 def test_a_closed_pipe_costs_no_work(tiny_run, interrupt, stderr):
     """As with `train.py | head`, or with `train.py | tee log` and Ctrl-C, which ends tee first."""
-    args = options(tiny_run, max_iters=100_000, eval_interval=100_000)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *args], stdout=subprocess.PIPE, stderr=stderr, text=True
-    )
-    while not process.stdout.readline().startswith("step     20"):
-        assert process.poll() is None
+    process = start_run(tiny_run, stderr)
     if interrupt:
         process.send_signal(signal.SIGSTOP)  # so that it finds the signal before its next line
     process.stdout.close()
     if interrupt:
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGCONT)
-    assert process.stderr is None or "saved and stopped after step" in process.stderr.read()
-    assert process.wait() == 128 + signal.SIGTERM
-    assert load_checkpoint(Path("out/tiny/ckpt.pt"))[1]["step"] >= 20
+    if process.stderr:
+        process.stderr.read()
+    assert process.wait() == 128 + (signal.SIGINT if interrupt else signal.SIGTERM)
+    assert load_checkpoint(Path("out/tiny/ckpt.pt")).step >= 20
 
 
-# What a run refuses
+def test_a_validation_loss_that_is_not_finite_ends_the_run_unsaved(tiny_run, monkeypatch):
+    losses_of(monkeypatch, 3.0, math.nan)
+    with pytest.raises(UserError, match="step 6: the validation loss is nan; not saved"):
+        tiny_run()
+    assert load_checkpoint(Path("out/tiny/ckpt.pt")).step == 0
 
 
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("--batch_size=0", "batch_size=0 must be at least 1"),
-        ("--dropout=1", "dropout=1.0 must be at least 0"),
-        ("--weight_decay=-0.1", "weight_decay=-0.1 must be at least 0"),
-        ("--learning_rate=0", "learning_rate=0.0 must be at least 1e-12"),
-        ("--beta2=1", "beta2=1.0 must be at least 0"),
-        ("--n_head=7", "n_embd=768 must be a multiple of n_head=7"),
-        ("--min_lr=1", "min_lr=1.0 is above learning_rate=0.0006"),
-        ("--init_from=", "init_from is empty"),
-        ("--seed=99999999999999999999", "seed"),
-    ],
-)
-def test_options_out_of_range_are_refused(argument, words):
-    with pytest.raises(UserError, match=words):
-        read_options(train.TrainConfig, [argument])
+def not_finite(gradient_or_loss: torch.Tensor, value: float = math.nan) -> torch.Tensor:
+    return gradient_or_loss * value
 
 
-def test_samples_without_a_prompt_are_refused():
-    with pytest.raises(UserError, match="sample_start is empty; give a prompt"):
-        read_options(train.TrainConfig, ["--sample_interval=3", "--sample_start="])
+def snapshot(model: GPT, optimizers) -> list[torch.Tensor]:
+    """Return copies of the weights and of the optimizers' states."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    values = [*model.parameters(), *(value for state in states for value in state.values())]
+    return [value.detach().clone() for value in values]
 
 
-def test_a_mistake_in_a_run_ends_in_one_line_with_exit_code_1(tmp_path):
-    args = [sys.executable, ROOT / "train.py", "--dataset=nowhere"]
-    done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: data") and "prepare" in done.stderr
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_and_nothing_has_changed(
+    tiny_run, before_update, optimizer, dtype, part
+):
+    """Scaled loss and gradients of float16 may overflow, but then the scale is 1 in the end."""
+    seen = []
+
+    def poison(step, model, optimizers):
+        seen.append(snapshot(model, optimizers))
+        if step == 8:
+            forward = lambda _module, _inputs, output: (None, not_finite(output[1]))  # noqa: E731
+            if part == "loss":
+                model.register_forward_hook(forward)
+            model.transformer.wpe.weight.register_hook(not_finite)
+
+    before_update(poison)
+    with pytest.raises(UserError) as error:
+        tiny_run(dtype=dtype, optimizer=optimizer, max_iters=60)
+    loss, last = "nan" if part == "loss" else r"2\.\d+", len(seen) - 1
+    assert error.match(rf"step {last}: the loss is {loss} and the gradient norm nan, at learning r")
+    assert "step was not taken" in str(error.value)
+    # float16's scaler, at 65,536 in the beginning, first answers gradients with a smaller scale
+    assert last == (24 if (dtype, part) == ("float16", "gradient") else 8)
+    assert all(map(torch.equal, seen[8], seen[-1])) and len(seen[8]) > 26
+    assert all(value.isfinite().all() for value in seen[-1])
+    assert load_checkpoint(Path("out/tiny/ckpt.pt")).step == last // 6 * 6
 
 
-def test_a_prompt_outside_the_vocabulary_is_refused_before_training(tiny_run):
-    with pytest.raises(UserError, match="'R'"):
-        tiny_run(sample_interval=6, sample_start="ROMEO")
-    assert not Path("out").exists()
+@pytest.mark.parametrize("name", ["wpe", "h.0.mlp.c_fc"])
+def test_an_overflow_in_float16_skips_the_step_of_every_optimizer_and_lowers_the_scale(
+    tiny_run, before_update, name
+):
+    """AdamW has the positions and Muon the matrix of the MLP."""
+    states, hooks = [], []
 
+    def overflow_in_step_3(step, model, optimizers):
+        states.append(snapshot(model, optimizers))
+        if step == 3:
+            weight = model.transformer.get_submodule(name).weight
+            hooks.append(weight.register_hook(partial(not_finite, value=math.inf)))
+        if step == 4:
+            hooks[0].remove()
 
-def test_a_vocabulary_padded_below_its_size_is_refused(tiny_run):
-    with pytest.raises(UserError, match=r"pad_vocab_to=10 is below the 18 tokens of data/tiny"):
-        tiny_run(pad_vocab_to=10)
+    before_update(overflow_in_step_3)
+    out_dir = tiny_run(dtype="float16", optimizer="muon")
+    norms = [r["grad_norm"] for r in logged(out_dir) if "loss" in r]
+    assert [step for step, norm in enumerate(norms) if norm is None] == [3]
+    moved = [not any(map(torch.equal, a, b)) for a, b in pairwise(states[1:])]
+    assert moved == [True, True, False, *[True] * 7] and all(map(torch.equal, *states[3:5]))
+    assert all(value.isfinite().all() for value in states[-1])
+    assert load_checkpoint(out_dir / "ckpt.pt").scaler["scale"] == 65536 / 2

@@ -1,466 +1,230 @@
 """Measure speed. Every answer is a table, a file of JSON lines and a picture.
 
-    python -m tools.bench ladder        # a training step, made faster rung by rung
-    python -m tools.bench loader        # ways to load a batch, beside what a GPU consumes
     python -m tools.bench throughput --config=config/phase1_char.py --nanogpt=../nanoGPT
+    python -m tools.bench loader --config=config/phase3_gpt2.py     # ways to load a batch
     python -m tools.bench generate --nanogpt=../nanoGPT --transformers
-    python -m tools.bench gpu           # everything to measure on a new GPU, in 8 minutes
 
-Every measurement runs in its own process, so none changes the next. All sides are measured in turn,
+The options and config files of train.py are accepted, too. Training is measured as users see it, by
+starting train.py, and nanoGPT's own, and reading their logs. All sides are measured in turn,
 `rounds` times, so that a machine that slows down slows all of them. The table shows medians.
 """
 
-import itertools
 import json
-import math
+import pickle
 import platform
 import re
+import runpy
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from configurator import UserError, check_range, configure, one_line, read_options, run
-from dataclasses import dataclass, replace
+from configurator import UserError, check_range, configure, run
+from dataclasses import dataclass, fields
 from functools import partial
-from multiprocessing import get_context
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from matplotlib.figure import Figure
 
-import model as gpt
-from support import preflight, runtime
-from support.data import Dataset, gather, random_offsets, write_dataset
+from model import GPT, GPTConfig
+from support import runtime
+from support.data import gather, open_dataset
 from support.files import atomic_write
-from support.nanogpt import build_original
+from support.hub import import_transformers
+from support.log import read_log
 from support.pictures import markdown_table, save_figure
-from support.processes import Processes
-from support.runtime import median_seconds, resolve_device
-from support.start import model_config
-from support.tokenizer import CharTokenizer
-from train import TrainConfig, Trainer, learning_rate
+from support.runtime import DTYPES, dtype_name, resolve_device, resolve_dtype
+from train import TrainConfig
 
-PHASE2, PHASE3, GPT2 = (f"config/{name}.py" for name in ("phase2_bpe", "phase3_gpt2", "gpt2_124m"))
-RUNS = dict(ladder=PHASE2, loader=PHASE3, throughput=PHASE2, generate=GPT2, gpu=PHASE3)
-TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=2, compile=False)
+ROOT = Path(__file__).parent.parent
 # Tokens per second that training phase 3 takes: estimated from the generated code, not measured.
 CONSUMERS = {"an A100 trains phase 3 (estimate)": 205_000, "an H100 (estimate)": 440_000}
-PARTS = ["forward_us", "backward_us", "optimizer_us", "data_us"]  # microseconds per token
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """Measure speed: python -m tools.bench ladder, loader, throughput, generate or gpu."""
+class BenchConfig(TrainConfig):
+    """Measure speed: python -m tools.bench throughput, loader or generate."""
 
-    what: Literal["ladder", "loader", "throughput", "generate", "gpu"] = "ladder"  # what to measure
-    rounds: int = 3  # measurements of each side (gpu: one)
-    seconds: float = 10.0  # stop repeating a measurement after this many seconds
+    # benchmark
+    what: Literal["throughput", "loader", "generate"] = "throughput"  # what to measure
+    rounds: int = 3  # measurements of each side
+    steps: int = 50  # throughput: training steps in a measurement
     nanogpt: str = ""  # folder of a copy of nanoGPT, to measure it too
     transformers: bool = False  # generate: measure transformers too
-    new_tokens: int = 200  # generate: tokens to write
-    to: str = "out/bench"  # folder for the results
-    tiny: bool = False  # a tiny model, to try a benchmark quickly
-    vocab_size: int = 0  # train on random token ids below this; 0: data set
-    config: str | None = None  # config file of the run; None: see RUNS in bench.py
-    # run (None: as in the config file)
-    dataset: str | None = None  # folder under data/
-    batch_size: int | None = None  # sequences in one forward pass
-    optimizer: str | None = None  # adamw or muon
-    device: str | None = None  # cpu, cuda, cuda:1, mps
-    dtype: str | None = None  # float32, bfloat16, float16
-    compile: bool | None = None  # torch.compile the model
 
     def __post_init__(self) -> None:
-        check_range(self, 1, 1 << 20, "rounds", "new_tokens")
-        check_range(self, 0, 1 << 16, "vocab_size")
-        check_range(self, 0.001, 3600, "seconds")
+        super().__post_init__()
+        check_range(self, 1, 1000, "rounds")
+        check_range(self, 2, 1 << 20, "steps")  # the first one warms up
 
 
-def read_run(config: BenchConfig, path: str, vocab_size: int, scratch: Path) -> TrainConfig:
-    """Return the run of a config file with the changes of `config`, on random ids if vocab_size."""
-    names = ("dataset", "batch_size", "optimizer", "device", "dtype", "compile")
-    changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    changes = (TINY if config.tiny else {}) | changes | {"out_dir": scratch, "sample_interval": 0}
-    if vocab_size:
-        changes["dataset"] = folder = scratch.absolute() / f"random_{vocab_size}"
-        tokenizer = CharTokenizer("".join(chr(1 << 16 | i) for i in range(vocab_size)))
-        ids = np.random.default_rng(0).integers(vocab_size, size=500_000).tolist()
-        write_dataset(folder, tokenizer, ids, ids[:50_000], 50_000, {"prepared by": "bench.py"})
-    return read_options(TrainConfig, [path, *(f"--{k}={v}" for k, v in changes.items())])
+# Throughput: training steps, beside what the machine can compute
+def time_training(folder: Path, config: BenchConfig, vocab_size: int) -> float:
+    """Return the tokens per second that the train.py in `folder` logs, ours or nanoGPT's."""
+    device, data = resolve_device(config.device), Path("data", config.dataset).absolute()
+    options = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    options |= dict(device=str(device), dtype=dtype_name(resolve_dtype(config.dtype, device)))
+    options |= dict(dataset=str(data), init_from="scratch", max_iters=config.steps, decay_lr=False)
+    options |= dict(eval_interval=10**9, eval_iters=1, sample_interval=0, checkpoint_interval=0)
+    options["compile"] = config.compile is not False  # auto would not compile so short a run
+    options["log_interval"] = max(1, config.steps // 10)  # each line is flushed to disk
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        options |= dict(out_dir=scratch, target_val_loss=0.0, wandb_log=False)
+        if folder != ROOT:
+            # As nanoGPT's README says, not compiled on a CPU. It always computes in float32 there.
+            compiles = device.type == "cuda" if config.compile == "auto" else config.compile
+            options |= dict(dataset=scratch, log_interval=1, compile=compiles)
+            # It takes the size of the vocabulary from a meta.pkl, which our data sets do not have.
+            Path(scratch, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+            for name in ("train.bin", "val.bin"):
+                Path(scratch, name).symlink_to(data / name)
+        # Both programs read such a config file. nanoGPT ignores names that it does not know.
+        lines = [f"{name} = {value!a}\n" for name, value in options.items()]
+        Path(scratch, "run.py").write_text("".join(lines), "ascii")
+        command = [sys.executable, "train.py", f"{scratch}/run.py"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise UserError(f"{folder}/train.py failed: {done.stderr[-300:]}")
+        if folder == ROOT:
+            records = [r for r in read_log(Path(scratch, "log.jsonl")) if "loss" in r]
+            return median(record["tokens_per_second"] for record in records[1:])
+    times = re.findall(r"^iter \d+:.* time ([\d.]+)ms", done.stdout, re.MULTILINE)
+    tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    return 1e3 * tokens / median(map(float, times[1:]))
 
 
-# Ladder: one training step, from a naive one to ours
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Return attention, (..., T, hs), as formula 1 of Vaswani et al. 2017 is written."""
-    T, hs = q.shape[-2:]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    return F.dropout(scores.masked_fill(future, -math.inf).softmax(dim=-1), dropout) @ v
-
-
-def head_by_head(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Return the same attention, (B, nh, T, hs), in a loop over the heads."""
-    heads = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
-    return torch.stack([plain_attention(*head, dropout) for head in heads], dim=1)
-
-
-def plain_gelu(x: Tensor, form: str = "tanh") -> Tensor:
-    """Return the tanh form of GELU as the formula is written: eight passes over x."""
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-class PlainAdamW(torch.optim.AdamW):
-    """AdamW that never skips a step: only the fused form obeys the found_inf of train_step."""
-
-    def step(self) -> None:
-        self.found_inf = None
-        super().step()
-
-
-FAST = dict(attention=gpt.attention, gelu=gpt.gelu, set_up=True, fused=True)
-NAIVE = dict(attention=head_by_head, gelu=plain_gelu, set_up=False, fused=False)
-RUNGS = {  # what each rung changes
-    "naive": NAIVE | dict(dtype="float32", compile=False),
-    "all heads at once": dict(attention=plain_attention),
-    "GELU in one kernel": dict(gelu=gpt.gelu),
-    "bfloat16 instead of float32": dict(dtype=None),  # where the device has it
-    "the attention of model.py": dict(attention=gpt.attention),
-    "freed memory kept for the next step": dict(set_up=True),  # on a CPU
-    "AdamW in one kernel": dict(fused=True),
-    "torch.compile": dict(compile=None),
-}
-
-
-def ladder(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
-    options = replace(options, optimizer="adamw")  # Muon computes something else: it is no rung
-    sides, way = {}, {}
-    for name, change in RUNGS.items():
-        way = way | change
-        sides[name] = (time_step, partial(make_trainer, options, **way), config.seconds)
-    return sides, ("A training step, one change per rung: us per token", PARTS, "speedup")
-
-
-# Loader: ways to load a batch, from naive to ours
-class Source:
-    """The same token ids as text, as files of two dtypes, and in memory."""
-
-    def __init__(self, options: TrainConfig, folder: Path) -> None:
-        data = Dataset(Path("data") / options.dataset, options.block_size)
-        self.T, self.tokenizer, self.tokens = options.block_size, data.tokenizer, data.train
-        ids = np.array(data.train.open()[:2_000_000])
-        self.text = self.tokenizer.decode(ids.tolist())
-        ids.astype(np.int64).tofile(folder / "int64.bin")
-        self.int64 = np.memmap(folder / "int64.bin", np.int64, mode="r")
-        self.uint16 = np.memmap(data.train.path, "<u2", mode="r")
-        self.pool, self.ahead = ThreadPoolExecutor(1), None
-
-
-def tokenize(source: Source, offset: int) -> list[int]:
-    """Return T + 1 ids of the text at about `offset`: 16 characters per token are enough."""
-    start = int(offset / len(source.int64) * (len(source.text) - 16 * source.T))
-    return source.tokenizer.encode(source.text[start : start + 16 * source.T])[: source.T + 1]
-
-
-def prefetch(source: Source, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the batch of the call before, while a thread gathers the batch of this one."""
-    start = partial(source.pool.submit, gather, source.tokens, offsets, source.T)
-    ready, source.ahead = source.ahead or start(), start()
-    return ready.result()
-
-
-OURS = "uint16, one gather (train.py)"
-LOADERS = {  # functions of a Source and offsets, (B,): a list of ids, (B, T + 1), or x and y
-    "text, tokenized in each step": lambda s, o: [[tokenize(s, i) for i in o]],
-    "int64, id by id": lambda s, o: [[[int(s.int64[i + t]) for t in range(s.T + 1)] for i in o]],
-    "int64, a slice per sequence": lambda s, o: [[s.int64[i : i + s.T + 1] for i in o]],
-    "uint16, a slice per sequence": lambda s, o: [[s.uint16[i : i + s.T + 1] for i in o]],
-    OURS: lambda s, o: gather(s.tokens, o, s.T),
-    "the same, a batch ahead in a thread": prefetch,
-}
-
-
-def load(name: str, source: Source, offsets: np.ndarray) -> list[Tensor]:
-    return [torch.from_numpy(np.asarray(ids, np.int64)) for ids in LOADERS[name](source, offsets)]
-
-
-def time_loader(name: str, options: TrainConfig, seconds: float) -> dict:
-    """Time one of LOADERS, until the batch of a forward pass is on the device."""
-    device, B, T = resolve_device(options.device), options.batch_size, options.block_size
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        source = Source(options, Path(folder))
-        draws = [random_offsets(options.seed, i, B, len(source.int64), T) for i in range(9)]
-        batches = (load(name, source, offsets) for offsets in itertools.cycle(draws))
-        seconds = median_seconds(lambda: [ids.to(device) for ids in next(batches)], device, seconds)
-    return {"ms": 1e3 * seconds, "tokens_per_second": B * T / seconds}
-
-
-def loader(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
-    sides = {name: (time_loader, name, options, config.seconds) for name in LOADERS}
-    title = "Loading alone: tokens per second, and hours for all tokens of the run"
-    return sides, (title, ["tokens_per_second"], "hours")
-
-
-# Throughput: a training step, beside what the machine can compute
-def time_step(make: Callable[[], Trainer], seconds: float) -> dict:
-    """Time a training step of the Trainer that make() returns, and the parts of the step."""
-    trainer = make()
-    device, (x, y), tokens = trainer.device, trainer.micro_batch(0, 0), trainer.tokens_per_step
-
-    def forward() -> Tensor:
-        with runtime.autocast(device, trainer.dtype):
-            return trainer.step_model(x, y)[1]
-
-    calls = [partial(trainer.train_step, 0, trainer.config.learning_rate), forward]
-    calls += [lambda: forward().backward(), lambda: [o.step() for o in trainer.optimizers]]
-    calls.append(partial(trainer.micro_batch, 0, 0))
-    step, once, both, update, data = (median_seconds(call, device, seconds) for call in calls)
-    parts = (once / x.numel(), max(0, both - once) / x.numel(), update / tokens, data / x.numel())
-    gflops = trainer.model.flops_per_token(x.size(1)) * tokens / step / 1e9
-    row = {"ms": 1e3 * step, "tokens_per_second": tokens / step, "gflops": gflops}
-    row["memory_gb"] = runtime.peak_memory(device) / 1e9
-    return row | {name: 1e6 * t for name, t in zip(PARTS, parts, strict=True)}
-
-
-def make_nanogpt(options: TrainConfig, folder: str) -> Trainer:
-    """Return a Trainer of nanoGPT's model and optimizer; on a CPU as its README says: float32."""
-    on_cpu = resolve_device(options.device).type == "cpu"
-    way = dict(dtype="float32", set_up=False) if on_cpu else {}
-    trainer = make_trainer(options, **way, compile=False)
-    model = build_original(Path(folder), trainer.model.config).to(trainer.device)
-    model.flops_per_token = trainer.model.flops_per_token
-    rates = (options.weight_decay, options.learning_rate, (options.beta1, options.beta2))
-    groups = model.configure_optimizers(*rates, trainer.device.type).param_groups
-    groups = [group | {"initial_lr": options.learning_rate} for group in groups]
-    trainer.model, trainer.optimizers = model, [PlainAdamW(groups)]
-    trainer.step_model = model if on_cpu else torch.compile(model)
-    return trainer
-
-
-def time_product(dtype: str, device: torch.device, tiny: bool) -> dict:
-    """Time the product of two large matrices: no training step computes faster."""
+def time_product(dtype: str, device: torch.device, flops: int) -> float:
+    """Return the tokens per second of training if it were nothing but large matrix products."""
     runtime.set_up(device)
-    n = 64 if tiny else 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device, dtype=runtime.DTYPES[dtype])
-    seconds = median_seconds(lambda: a @ b, device)
-    return {"ms": 1e3 * seconds, "gflops": 2 * n**3 / seconds / 1e9}
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[dtype])
+    return 2 * n**3 / median_seconds(lambda: a @ b, device) / flops
 
 
-def throughput(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
-    device, makers = resolve_device(options.device), {"ours": partial(make_trainer, options)}
+def throughput(config: BenchConfig) -> tuple[dict[str, Callable], int]:
+    device, meta = resolve_device(config.device), open_dataset(Path("data", config.dataset))[0]
+    rows = max(meta["vocab_size"], config.pad_vocab_to)
+    with torch.device("meta"):  # weights without memory
+        c = GPTConfig(rows, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
+        flops = GPT(c).flops_per_token(config.block_size)
+    sides = {"ours": partial(time_training, ROOT, config, rows)}
     if config.nanogpt:
-        makers["nanoGPT"] = partial(make_nanogpt, options, config.nanogpt)
-    sides = {name: (time_step, make, config.seconds) for name, make in makers.items()}
-    for dtype in ("bfloat16", "float32"):  # on a GPU, float32 is computed as TF32
-        if not runtime.is_slow(runtime.DTYPES[dtype], device):  # in software it takes minutes
-            sides[f"{dtype} product"] = (time_product, dtype, device, config.tiny)
-    return sides, ("GFLOPS of a training step and of a matrix product", ["gflops"], "gflops")
+        sides["nanoGPT"] = partial(time_training, Path(config.nanogpt), config, rows)
+    for dtype in dict.fromkeys((dtype_name(resolve_dtype(config.dtype, device)), "float32")):
+        sides[f"{dtype} product"] = partial(time_product, dtype, device, flops)
+    return sides, flops
 
 
-# Generation, with a cache of keys and values
-def time_writing(side: str, dtype: str, B: int, config: BenchConfig, options: TrainConfig) -> dict:
-    """Time the writing of new_tokens tokens in each of B sequences."""
-    c = model_config(replace(options, pad_vocab_to=0), config.vocab_size or 50_257)
-    n, device, settings = config.new_tokens, resolve_device(options.device), {}
+# Loader: ways to load a batch, of ids, (B, T + 1), or of inputs and targets
+def loader(config: BenchConfig) -> tuple[dict[str, Callable], int]:
+    _, tokenizer, tokens, _ = open_dataset(Path("data", config.dataset))
+    ids, B, T = tokens.open()[:2_000_000], config.batch_size, config.block_size
+    text, width = tokenizer.decode(ids.tolist()), 16 * T  # 16 characters per token are enough
+
+    def tokenize(start: int) -> list[int]:
+        return tokenizer.encode(text[start : start + width])[: T + 1]
+
+    def time_loading(load: Callable) -> float:
+        random, cpu = np.random.default_rng(config.seed), torch.device("cpu")
+        return B * T / median_seconds(lambda: load(random.integers(len(ids) - T, size=B)), cpu)
+
+    loaders = {
+        "text, tokenized in each step": lambda starts: np.array([tokenize(i) for i in starts]),
+        "a slice per sequence": lambda starts: np.array([ids[i : i + T + 1] for i in starts], int),
+        "one gather (train.py)": lambda starts: gather(tokens, starts, T),
+    }
+    return {name: partial(time_loading, load) for name, load in loaders.items()}, 0
+
+
+# Generation, by models with new weights
+def time_writing(side: str, dtype: str, B: int, config: BenchConfig) -> float:
+    """Return the tokens per second that a model writes into B texts together."""
+    device, n = resolve_device(config.device), min(200, config.block_size - 1)
+    shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     if side == "transformers":
-        try:
-            from transformers import GPT2Config, GPT2LMHeadModel
-        except ImportError:
-            raise UserError(
-                "transformers is missing; run: pip install -r tests/requirements.txt"
-            ) from None
-        if n > c.block_size:
-            raise UserError(f"new_tokens={n}: transformers writes at most {c.block_size}")
-
-        shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size)
-        model = GPT2LMHeadModel(GPT2Config(n_positions=c.block_size, **shape))
-        settings = dict(min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
+        hf = import_transformers()
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(n_positions=config.block_size, **shape))
+        model.generation_config.update(min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
     else:
-        model = gpt.GPT(c) if side == "ours" else build_original(Path(config.nanogpt), c)
-    model = model.to(device, runtime.DTYPES[dtype]).eval()
+        code = runpy.run_path(f"{ROOT if side == 'ours' else config.nanogpt}/model.py")
+        shape |= dict(block_size=config.block_size, vocab_size=50_257)
+        model = code["GPT"](code["GPTConfig"](**shape))
+    model = model.to(device, DTYPES[dtype]).eval()
     if side == "ours":
         runtime.pack_weights(model)
     prompt = torch.zeros(B, 1, dtype=torch.int64, device=device)
-    write = partial(model.generate, prompt, max_new_tokens=n, **settings)  # turns gradients off
-    seconds = median_seconds(lambda: list(write()), device, config.seconds)
-    return {"ms": 1e3 * seconds, "new_tokens_per_second": B * n / seconds}
+    return B * n / median_seconds(lambda: list(model.generate(prompt, max_new_tokens=n)), device)
 
 
-def generate(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
-    best = runtime.resolve_dtype(options.dtype, resolve_device(options.device))
-    dtypes = dict.fromkeys(("float32", runtime.dtype_name(best)))
-    names = [n for n in ("ours", "transformers", "nanogpt") if n == "ours" or getattr(config, n)]
-    sides = {}
-    for dtype, B, name in itertools.product(dtypes, (1, 8), names):
-        sides[f"{name}, {dtype}, batch {B}"] = (time_writing, name, dtype, B, config, options)
-    return sides, ("Tokens per second written", ["new_tokens_per_second"], "new_tokens_per_second")
+def generate(config: BenchConfig) -> tuple[dict[str, Callable], int]:
+    sides = ["ours"] + ["transformers"] * config.transformers + ["nanoGPT"] * bool(config.nanogpt)
+    best = dtype_name(resolve_dtype(config.dtype, resolve_device(config.device)))
+    cases = product(dict.fromkeys(("float32", best)), (1, 8), sides)
+    return {f"{s}, {d}, batch {B}": partial(time_writing, s, d, B, config) for d, B, s in cases}, 0
 
 
-# GPU: all of the above on a new GPU, and a short training
-def train_and_resume(options: TrainConfig, steps: int) -> dict:
-    """Train and save. Then compare a step with the same step of a run that resumed there."""
-    trainer = make_trainer(replace(options, log_interval=steps))  # to explain a NaN at the end
-    started = runtime.now(trainer.device)
-    done = [trainer.train_step(step, learning_rate(step, options)) for step in range(steps)]
-    seconds = (runtime.now(trainer.device) - started) / steps
-    first, last = (trainer.read(done[i])[0] for i in (0, -1))
-    trainer.save_state(steps)
-    resumed = make_trainer(replace(options, init_from="resume"))
-    for each in (trainer, resumed):
-        each.train_step(steps, options.min_lr)
-    pairs = zip(trainer.model.parameters(), resumed.model.parameters(), strict=True)
-    difference = max((a - b).abs().max().item() for a, b in pairs)
-    same = f"differs by {difference:.1g}" if difference else "has the same bits"
-    result = f"loss {first:.2f} to {last:.2f}; saved in {trainer.save_seconds:.1f} s"
-    row = {"ms": 1e3 * seconds, "tokens_per_second": trainer.tokens_per_step / seconds}
-    return row | {"result": f"{result}; a resumed step {same}"}
+def median_seconds(function: Callable, device: torch.device, at_most: float = 10) -> float:
+    """Return the median time of five calls, or of as many as begin within `at_most` seconds."""
+    seconds = []
+    while len(seconds) < 5 and sum(seconds) < at_most:
+        started = now(device)
+        function()
+        seconds.append(now(device) - started)
+    return median(seconds)
 
 
-def gpu(config: BenchConfig, options: TrainConfig) -> tuple[dict, tuple]:
-    scratch, steps = Path(options.out_dir), 10 if config.tiny else 200
-    phase3 = read_run(config, PHASE3, config.vocab_size or 32_000, scratch)
-    gpt2 = read_run(config, GPT2, config.vocab_size or 50_257, scratch)
-    has_data = (Path("data") / options.dataset / "meta.json").is_file()
-    training = replace(options if has_data else phase3, gradient_accumulation_steps=2)
-    training = replace(training, warmup_iters=steps // 10, lr_decay_iters=steps)
-    sides = throughput(replace(config, nanogpt=""), phase3)[0]
-    del sides["ours"]
-    for name in ("adamw", "muon"):
-        each = replace(training, optimizer=name)
-        sides[f"{steps} steps, {name}"] = (train_and_resume, each, steps)
-    sides["loading"] = (time_loader, OURS, training, 2)
-    for B in (1, 8):
-        sides[f"generation, batch {B}"] = (time_writing, "ours", "bfloat16", B, config, phase3)
-    runs = {"phase 3": phase3, "GPT-2 124M": gpt2}.items()
-    for (name, each), B in itertools.product(runs, (8, 16, 32)):
-        one_pass = replace(each, batch_size=B, gradient_accumulation_steps=1)
-        sides[f"{name}, batch {B}"] = (time_step, partial(make_trainer, one_pass), 2)
-    return sides, ("us per token, and tokens per second", PARTS, "tokens_per_second")
+def now(device: torch.device) -> float:
+    """Return the time in seconds at which `device` has finished all its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
-# What all of them use
-def make_trainer(options: TrainConfig, **way) -> Trainer:
-    """Return a Trainer that computes as `way` says, compiled if the options ask for it.
-
-    It replaces functions of model.py for the rest of the process.
-    """
-    way = FAST | way
-    gpt.attention, gpt.gelu = way["attention"], way["gelu"]
-    changes = {name: way[name] for name in ("dtype", "compile") if way.get(name) is not None}
-    if way["set_up"]:
-        runtime.set_up(resolve_device(options.device), options.deterministic)
-    trainer = Trainer(replace(options, **changes), Processes(options.device))
-    runtime.compile_model(trainer)
-    if not way["fused"]:
-        plain = {"fused": False, "foreach": False}
-        groups = [group | plain for o in trainer.optimizers for group in o.param_groups]
-        trainer.optimizers = [PlainAdamW(groups)]
-    return trainer
-
-
-def in_child(function: Callable, *args) -> dict:
-    """Return function(*args), called in a new process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
-def measure(sides: dict[str, tuple], rounds: int, minutes: float = math.inf) -> list[dict]:
-    """Call the function of each side, in turn, `rounds` times. Returns the rows of median time."""
-    end, results = time.perf_counter() + 60 * minutes, {name: [] for name in sides}
-    for name, side in list(sides.items()) * rounds:
-        print(f"measuring {name} ...", flush=True)
-        try:
-            if time.perf_counter() > end:
-                raise UserError(f"not started, {minutes} minutes are over")
-            results[name].append(in_child(*side))
-        except Exception as error:  # such as too little memory: with `minutes`, measure the rest
-            if minutes == math.inf:
-                raise
-            results[name].append({"result": f"failed: {one_line(error)[:80]}"})
-        results[name].sort(key=lambda row: row.get("ms", 0))
-    return [{"what": name} | rows[rounds // 2] for name, rows in results.items()]
-
-
-def draw_bars(title: str, rows: list[dict], parts: list[str], note: str):
-    """Return a figure with a bar of stacked `parts` for each row, and a note behind it."""
-    from matplotlib.figure import Figure  # takes half a second
-
-    figure = Figure(figsize=(9, 1.6 + 0.34 * len(rows)), dpi=150, layout="constrained")
-    axes, names, ends = figure.subplots(), [row["what"] for row in rows], np.zeros(len(rows))
-    for part in parts:
-        axes.barh(names, [row[part] for row in rows], left=ends, label=part.replace("_", " "))
-        ends = ends + [row[part] for row in rows]
-    for row, end in zip(rows, ends, strict=True):
-        axes.annotate(f" {cell(note, row[note])}", (end, row["what"]), va="center", fontsize=9)
-    for i, (label, value) in enumerate(CONSUMERS.items() if note == "hours" else ()):
-        axes.axvline(value, color=f"C{i + 1}", ls="--", label=label)
-        axes.set_xscale("log")
-    axes.invert_yaxis()  # the first row at the top
-    # space for the notes
-    axes.set_xlim(right=max(ends, default=1) * (20 if note == "hours" else 1.25))
-    axes.set_title(title)
-    axes.legend(fontsize=8)
-    return figure
-
-
-def cell(key: str, value: str | float) -> str:
-    """Return a figure as the table shows it."""
-    if isinstance(value, str):
-        return value
-    if key.startswith("of_"):
-        return f"{value:.0%}"
-    unit = {"speedup": "x", "hours": " h"}.get(key, "")
-    return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + unit
+# Functions that return {side: a function that measures its tokens per second}, operations per token
+BENCHMARKS = {"throughput": throughput, "loader": loader, "generate": generate}
 
 
 @runtime.explain_out_of_memory()
 def main(config: BenchConfig) -> None:
-    benchmark = {f.__name__: f for f in (ladder, loader, throughput, generate, gpu)}[config.what]
-    path = config.config or RUNS[config.what]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        options = read_run(config, path, config.vocab_size, Path(scratch))
-        sides, (title, parts, note) = benchmark(config, options)
-        rows = measure(sides, 1, 7) if config.what == "gpu" else measure(sides, config.rounds)
-    shape = (options.gradient_accumulation_steps, options.batch_size, options.block_size)
-    total, first = options.max_iters * math.prod(shape), rows[0].get("tokens_per_second")
-    peaks = {r["what"]: r["gflops"] for r in rows if "gflops" in r and "tokens_per_second" not in r}
-    for row in rows:
-        if speed := row.get("tokens_per_second"):
-            row["hours"] = total / speed / 3600
-            row |= {"speedup": speed / first} if first else {}
-        if "gflops" in row:
-            row |= {f"of_{name.split()[0]}": row["gflops"] / peaks[name] for name in peaks}
-    step = next((row for row in rows if "gflops" in row and "hours" in row), None)
-    for name, peak in preflight.GPUS.items() if config.what == "gpu" and step else ():
-        hours = step["hours"] * step["gflops"] * 1e9 / (preflight.SHARE * peak)
-        rows.append({"what": f"estimate of preflight, {name}", "hours": hours})
-    device, info = resolve_device(options.device), Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.+)|$", info.read_text() if info.exists() else "")[1]
+    sides, flops = BENCHMARKS[config.what](config)
+    to = Path("out/bench", config.what)
+    print(f"measuring {'; '.join(sides)} for {to}.jsonl and {to}.png ...", flush=True)
+    rounds = [[time_side() for time_side in sides.values()] for _ in range(config.rounds)]
+    speeds = dict(zip(sides, map(median, zip(*rounds, strict=True)), strict=True))
+    speeds |= CONSUMERS if config.what == "loader" else {}
+    rows = [{"what": name, "tokens_per_second": round(speed)} for name, speed in speeds.items()]
+    for row in rows if flops else ():
+        row["gflops"] = round(flops * speeds[row["what"]] / 1e9, 1)
+        for peak in [name for name in speeds if name.endswith("product")]:
+            row[f"share_of_{peak.replace(' ', '_')}"] = round(speeds[row["what"]] / speeds[peak], 3)
+    device, cpu = resolve_device(config.device), torch.cpu.get_capabilities().get("cpu_name", "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "command": f"python -m tools.bench {' '.join(sys.argv[1:])}",
         "machine": f"{name or platform.machine()}, {torch.get_num_threads()} CPU threads",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "run": f"{path}, {' x '.join(map(str, shape))} tokens per step; hours: {total:,} tokens",
     }
-    to = Path(config.to) / config.what
     with atomic_write(to.with_suffix(".jsonl")) as file:
         file.writelines(json.dumps(record).encode() + b"\n" for record in (about, *rows))
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[cell(key, row.get(key, "")) for key in keys] for row in rows]
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    print(
-        markdown_table([key.replace("_", " ") for key in keys], cells, set(range(1, len(keys) - 1)))
-    )
-    figure = draw_bars(title, [row for row in rows if parts[0] in row], parts, note)
-    figure.supxlabel(f"{about['machine']}, {about['date']}", fontsize=7, color="0.4")
+    header = [key.replace("_", " ") for key in rows[0]]
+    cells = [[v if isinstance(v, str) else f"{v:,}" for v in row.values()] for row in rows]
+    print(markdown_table(header, cells, right=set(range(1, len(header)))))
+    figure = Figure(figsize=(9, 1.6 + 0.34 * len(rows)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.bar_label(axes.barh(list(speeds), list(speeds.values())), fmt="{:,.0f}", padding=3)
+    axes.set(title=f"{config.what}: tokens per second, {about['date']}", xlabel=about["machine"])
+    axes.invert_yaxis()  # the first row at the top
     save_figure(figure, to.with_suffix(".png"))
-    print(f"{to}.jsonl and {to}.png have the results")
 
 
 if __name__ == "__main__":
-    run(main, configure(BenchConfig, [f"--what={a}" if a in RUNS else a for a in sys.argv[1:]]))
+    words = [word.removeprefix("--config=") for word in sys.argv[1:]]
+    words = [f"--what={word}" if word in BENCHMARKS else word for word in words]
+    run(main, configure(BenchConfig, words))

@@ -8,12 +8,16 @@ and lm-evaluation-harness. The second has a checkpoint for sample.py without the
 which is more than half of a checkpoint.
 """
 
-from configurator import UserError, configure, run
-from dataclasses import dataclass
+import os
+from configurator import UserError, configure, one_line, run
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from model import GPT
+from support import files, hub
 from support.checkpoint import save_checkpoint
-from support.hub import load_model, write_folder
+from support.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,65 @@ def main(config: ExportConfig) -> None:
     folder, path = Path(config.to), Path(config.out_dir) / config.checkpoint
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"to={folder}: exists and is not an empty folder; name a new folder")
-    model, tokenizer, checkpoint = load_model("resume", config.out_dir, config.checkpoint)
+    model, tokenizer, checkpoint = hub.load_model("resume", config.out_dir, config.checkpoint)
     print(f"{path}: writing {model.num_params():,} parameters to {folder} ...")
     if config.weights_only:
-        names = ("step", "best_val_loss", "tokenizer", "train_config", "dataset")
-        save_checkpoint(folder / "ckpt.pt", model, **{name: checkpoint[name] for name in names})
+        save_checkpoint(folder / "ckpt.pt", replace(checkpoint, optimizers=None, scaler=None))
     else:
         write_folder(folder, model, tokenizer)
-    files = sorted(folder.iterdir())
-    megabytes = sum(file.stat().st_size for file in files) / 1e6
-    print(f"{folder}: {', '.join(file.name for file in files)}")
+    written = sorted(folder.iterdir())
+    megabytes = sum(file.stat().st_size for file in written) / 1e6
+    print(f"{folder}: {', '.join(file.name for file in written)}")
     print(f"{megabytes:,.1f} MB; {path} has {path.stat().st_size / 1e6:,.1f} MB")
+
+
+def write_folder(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Write what load_pretrained and transformers read, completely or not at all.
+
+    Missing biases are written as zeros; rows of padding and a tied head are not written.
+    """
+    hf, c, end = hub.import_transformers(), model.config, getattr(tokenizer, "end_of_text", None)
+    fields = {theirs: getattr(c, ours) for theirs, ours in hub.NAMES.items()}
+    fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    fields |= {"n_ctx": c.block_size, "bos_token_id": end, "eos_token_id": end}  # for llama.cpp
+    fields["activation_function"] = "gelu" if c.gelu == "exact" else "gelu_new"
+    weights = hub.transpose(model.state_dict())
+    weights |= {name: weights[name][: c.vocab_size] for name in (hub.HEAD, hub.EMBEDDING)}
+    config, their_tokenizer = hf.GPT2Config(**fields), export_tokenizer(hf, tokenizer)
+    their_tokenizer.model_max_length = c.block_size
+    theirs = hf.GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=weights)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            new = Path(temporary) / "new"  # with the usual permissions
+            theirs.save_pretrained(new)
+            their_tokenizer.save_pretrained(new)
+            for path in new.iterdir():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            if folder.exists():
+                folder.rmdir()  # empty
+            files.replace(new, folder)
+    except Exception as error:  # safetensors and tokenizers have their own kinds for a full disk
+        raise UserError(f"{folder}: can not be written ({one_line(error)[:150]})") from error
+
+
+def export_tokenizer(hf, ours: Tokenizer):
+    """Return a tokenizer of transformers that gives the same ids as ours."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    if isinstance(ours, BPETokenizer):
+        tokens = [token.decode("latin-1").translate(hub.BYTE_TO_CHAR) for token in ours.tokens]
+        vocab = {token: i for i, token in enumerate([*tokens, END_OF_TEXT])}
+        # Every way to join two tokens to a third one, in the order of the third, as in tiktoken.
+        pairs = ((t[:i], t[i:]) for t in tokens for i in range(1, len(t)))
+        return hf.GPT2Tokenizer(vocab, [pair for pair in pairs if vocab.keys() >= {*pair}])
+    # An unk_token outside the vocabulary makes an unknown character an error, as it is here.
+    backend = Backend(models.WordLevel(ours.ids, unk_token=""))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 if __name__ == "__main__":

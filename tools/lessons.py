@@ -4,29 +4,24 @@
     python -m tools.lessons                # everything that docs/lessons.md shows (6 to 13 minutes)
     python -m tools.lessons --only=mask    # one lesson
 
-A mistake is a diff in tools/mistakes/, or a few options. A copy of the code gets the diff, runs its
---preflight, and trains phase 1 for one epoch on the CPU. Each run goes to out/lessons/<mistake>/,
-with what it printed in output.json; the figures go to docs/pictures/.
+A mistake is a diff in tools/mistakes/, or a few options. A copy of the code gets the diff, goes
+through the preflight, and trains phase 1 for one epoch on the CPU: in out/lessons/<mistake>/.
 """
 
-import json
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-from configurator import UserError, check_range, configure, run
+from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from support.broken_copy import MISTAKES as DIFFS
-from support.broken_copy import ROOT, apply_diff, copy_code
-from support.files import atomic_write, read_text
 from support.log import read_log
 from support.pictures import markdown_table, save_figure
+from tools import hunt
 
 
 @dataclass(frozen=True)
@@ -35,11 +30,7 @@ class LessonsConfig:
 
     only: str = ""  # one lesson, such as mask or nan; '': all
     max_iters: int = 245  # steps of each run; 245 are one epoch
-    out_dir: str = "out/lessons"  # folder of the runs; earlier runs are deleted
     pictures: str = "docs/pictures"  # folder of the figures
-
-    def __post_init__(self) -> None:
-        check_range(self, 7, 1 << 31, "max_iters")
 
 
 @dataclass(frozen=True)
@@ -50,6 +41,13 @@ class Mistake:
     name: str
     title: str = ""  # of its curve: what the reader should see
     options: str = ""
+
+
+class Run(NamedTuple):  # what happened with a mistake
+    mistake: Mistake
+    preflight: str  # what it printed
+    error: str  # the last line of a training that failed
+    records: list[dict]  # of log.jsonl
 
 
 CORRECT = Mistake("", "correct")
@@ -68,57 +66,42 @@ MISTAKES = [
 ]
 
 
-def run_train(folder: str, options: list[str]) -> tuple[str, str]:
-    """Run the train.py in `folder`. Returns what it printed and, if it failed, its last line."""
-    command = [sys.executable, f"{folder}/train.py", str(ROOT / "config/phase1_char.py"), *options]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8")
-    error = done.stderr.strip().split("\n")[-1] if done.returncode else ""
-    print(done.stdout + error, flush=True)
-    return done.stdout, error
-
-
-def train_with(mistake: Mistake, config: LessonsConfig) -> None:
-    """Copy the code, make the mistake there, run it, and write output.json to the run's folder."""
-    out_dir, every = Path(config.out_dir) / mistake.name, config.max_iters // 5
+def train_with(mistake: Mistake, config: LessonsConfig) -> Run:
+    """Copy the code, make the mistake there, and run the preflight and the training."""
+    log, every = Path("out/lessons", mistake.name, "log.jsonl"), config.max_iters // 5
     options = f"--device=cpu --compile=False --max_iters={config.max_iters} --log_interval=7 "
     options += f"--eval_interval={every} --sample_interval={5 * every} {mistake.options}"
-    options = [f"--out_dir={out_dir}", *options.split()]
-    shutil.rmtree(out_dir, ignore_errors=True)
+    options = [hunt.ROOT / "config/phase1_char.py", f"--out_dir={log.parent}", *options.split()]
+    shutil.rmtree(log.parent, ignore_errors=True)
     print(f"\n{mistake.name}: preflight and {config.max_iters} steps (about 40 s) ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
-        copy_code(ROOT, code)
+        hunt.copy_code(hunt.ROOT, code)
         if mistake != CORRECT and not mistake.options:
-            apply_diff(DIFFS / f"{mistake.name}.diff", code)
-        preflight, _ = run_train(str(code), [*options, "--preflight"])
-        training, error = run_train(str(code), options)
-    output = {"preflight": preflight, "training": training, "error": error}
-    with atomic_write(out_dir / "output.json") as file:
-        file.write(json.dumps(output, indent=2, ensure_ascii=False).encode())
-
-
-def read_run(mistake: Mistake, config: LessonsConfig) -> tuple[dict, list[dict]]:
-    """Return output.json and the log of a run."""
-    out_dir = Path(config.out_dir) / mistake.name
-    return json.loads(read_text(out_dir / "output.json")), read_log(out_dir / "log.jsonl")
+            hunt.apply_diff(hunt.MISTAKES / f"{mistake.name}.diff", code)
+        preflight = hunt.run_with(code, "tools.preflight", *options).stdout
+        training = hunt.run_with(code, "train", *options)
+    error = training.stderr.strip().split("\n")[-1] if training.returncode else ""
+    print(preflight + training.stdout + error, flush=True)
+    return Run(mistake, preflight, error, read_log(log) if log.exists() else [])
 
 
 # Losses on phase 1's text, in nats per token, of simple guesses; docs/lessons.md computes them.
 BASELINES = {"all equally likely": 4.17, "frequencies": 3.31, "pairs": 2.45}
 
 
-def draw_lesson(lesson: str, config: LessonsConfig) -> None:
-    """Draw the losses of a lesson's runs, each over those of the correct run."""
-    trained = [m for m in MISTAKES if m.lesson == lesson and read_run(m, config)[1]]
+def draw_lesson(lesson: str, runs: list[Run], config: LessonsConfig) -> None:
+    """Draw the losses of a lesson's runs, each over those of the correct run, the first."""
+    trained = [run for run in runs if run.mistake.lesson == lesson and run.records]
     figure = Figure(figsize=(8, 2.8), dpi=200, layout="constrained")
     panels = figure.subplots(1, len(trained), sharey=True, squeeze=False)[0]
-    for axes, mistake in zip(panels, trained, strict=True):
+    for axes, one in zip(panels, trained, strict=True):
         x = "seconds" if lesson == "loader" else "step"
-        draw_run(axes, x, CORRECT, ("0.8", "0.6"), config)
-        draw_run(axes, x, mistake, ("tab:blue", "tab:orange"), config)
+        draw_run(axes, x, runs[0], ("0.8", "0.6"), ", correct run")
+        draw_run(axes, x, one, ("tab:blue", "tab:orange"), "")
         for loss in BASELINES.values():
             axes.axhline(loss, color="0.3", lw=0.8, ls=":", zorder=0)
-        axes.set(xlabel=x, title=mistake.title, ylim=(-0.15, 4.65))
+        axes.set(xlabel=x, title=one.mistake.title, ylim=(-0.15, 4.65))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
     labels = [f"{name}: {loss}" for name, loss in BASELINES.items()]
@@ -128,36 +111,34 @@ def draw_lesson(lesson: str, config: LessonsConfig) -> None:
     save_figure(figure, Path(config.pictures) / f"lessons_{lesson}.png")
 
 
-def draw_run(axes, x: str, mistake: Mistake, colors: tuple, config: LessonsConfig) -> None:
+def draw_run(axes, x: str, one: Run, colors: tuple, suffix: str) -> None:
     """Draw the losses of one run over `x`, with a cross where it ended in an error."""
-    output, records = read_run(mistake, config)
-    suffix = ", correct run" * (mistake == CORRECT)
-    steps = [(r[x], r["loss"]) for r in records if "loss" in r]
+    steps = [(r[x], r["loss"]) for r in one.records if "loss" in r]
     axes.plot(*zip(*steps, strict=True), color=colors[0], label="each batch" + suffix)
-    evaluations = [(r[x], r["val_loss"]) for r in records if "val_loss" in r]
+    evaluations = [(r[x], r["val_loss"]) for r in one.records if "val_loss" in r]
     axes.scatter(*zip(*evaluations, strict=True), 20, colors[1], label="validation" + suffix)
-    if output["error"]:
+    if one.error:
         axes.scatter(*steps[-1], 60, "tab:red", marker="x")
         axes.annotate(" NaN", steps[-1], va="bottom", color="tab:red")
 
 
-# A forward pass: the code in model.py and the shape of its result.
+# A forward pass: the code in model.py, the shape of its result, and the numbers of one token in it.
 SHAPES = {
-    "idx": "B, T",
-    "wte(idx)": "B, T, C",
-    "wpe(positions)": "T, C",
-    "x = wte(idx) + wpe(positions)": "B, T, C",
-    "c_attn(ln_1(x))": "B, T, 3C",
-    "q, k and v, each": "B, T, nh, hs",
-    "q.transpose(1, 2)": "B, nh, T, hs",
-    "scores = q @ k.transpose(1, 2)": "B·nh, T, T",
-    "y = scores.softmax(dim=-1) @ v": "B, nh, T, hs",
-    "y.transpose(1, 2).reshape(B, T, C)": "B, T, C",
-    "x = x + attn(ln_1(x))": "B, T, C",
-    "c_fc(ln_2(x))": "B, T, 4C",
-    "x = x + mlp(ln_2(x))": "B, T, C",
-    "logits = lm_head(ln_f(x))": "B, T, V",
-    "loss = cross_entropy(logits, targets)": "",
+    "idx": ("B, T", [8]),  # one number; 8 can be seen
+    "wte(idx)": ("B, T, C", [128]),
+    "wpe(positions)": ("T, C", [128]),
+    "x = wte(idx) + wpe(positions)": ("B, T, C", [128]),
+    "c_attn(ln_1(x))": ("B, T, 3C", [128] * 3),
+    "q, k and v, each": ("B, T, nh, hs", [32] * 4),
+    "q.transpose(1, 2)": ("B, nh, T, hs", [32] * 4),
+    "scores = q @ k.transpose(1, 2)": ("B·nh, T, T", [100] * 4),
+    "y = scores.softmax(dim=-1) @ v": ("B, nh, T, hs", [32] * 4),
+    "y.transpose(1, 2).reshape(B, T, C)": ("B, T, C", [128]),
+    "x = x + attn(ln_1(x))": ("B, T, C", [128]),
+    "c_fc(ln_2(x))": ("B, T, 4C", [512]),
+    "x = x + mlp(ln_2(x))": ("B, T, C", [128]),
+    "logits = lm_head(ln_f(x))": ("B, T, V", [65]),
+    "loss = cross_entropy(logits, targets)": ("", [8]),
 }
 # Phase 1's model on 6 sequences of 100 characters: no two sizes are equal.
 SIZES = {"B": 6, "T": 100, "C": 128, "nh": 4, "hs": 32, "V": 65, "B·nh": 24, "3C": 384, "4C": 512}
@@ -172,28 +153,23 @@ def draw_shapes(config: LessonsConfig) -> None:
     axes.text(7.7, 9, "one block of 2", rotation=270, va="center", fontsize=8)
     for x, title in ((0.2, "in model.py"), (3.1, "one token"), (5.3, "shape"), (6.4, "example")):
         axes.text(x, 0, title, va="center", fontsize=9, weight="bold")
-    for row, (code, shape) in enumerate(SHAPES.items(), start=1):
-        sizes = [SIZES[letter] for letter in shape.split(", ") if letter]
-        for x, text in ((0.2, code), (5.3, f"({shape})"), (6.4, tuple(sizes))):
+    for row, (code, (shape, parts)) in enumerate(SHAPES.items(), start=1):
+        sizes = tuple(SIZES[letter] for letter in shape.split(", ") if letter)
+        for x, text in ((0.2, code), (5.3, f"({shape})"), (6.4, sizes)):
             axes.text(x, row, text, va="center", fontsize=8, family="monospace")
-        parts = 4 if "nh" in shape else 3 if "3C" in shape else 1  # heads; q, k and v
-        numbers = 8 if shape in ("", "B, T") else sizes[-1] * (parts if "nh" in shape else 1)
-        width = numbers / parts / 262  # inches
-        spans = [(3.1 + part * width, width - 0.02) for part in range(parts)]
+        spans = [(3.1 + i * n / 262, n / 262 - 0.02) for i, n in enumerate(parts)]
         color = "tab:orange" if "T, T" in shape else "tab:blue"
         axes.broken_barh(spans, (row - 0.28, 0.56), color=color, lw=0)
     save_figure(figure, Path(config.pictures) / "lessons_shapes.png")
 
 
-def make_table(mistakes: list[Mistake], config: LessonsConfig) -> str:
+def make_table(runs: list[Run]) -> str:
     """Return a Markdown table of what happened in each run."""
     rows = []
-    for mistake in mistakes:
-        output, records = read_run(mistake, config)
-        notes = re.findall(r"^(?:FAIL [^:]+|warning: [^;]+)", output["preflight"], re.MULTILINE)
-        notes += [re.split(", at |;", output["error"])[0]] * bool(output["error"])
-        evaluations = [r for r in records if "val_loss" in r]
-        end = {} if output["error"] else evaluations[-1]
+    for mistake, preflight, error, records in runs:
+        notes = re.findall(r"^(?:FAIL [^:]+|warning: [^;\n]+)", preflight, re.MULTILINE)
+        notes += [re.split(", at |;", error)[0]] * bool(error)
+        end = {} if error else [r for r in records if "val_loss" in r][-1]
         figures = [f"{end[key]:.4f}" if end else "" for key in ("train_loss", "val_loss")]
         speeds = [r["tokens_per_second"] for r in records if "loss" in r]
         figures.append(f"{median(speeds):,.0f}" if speeds else "")
@@ -209,11 +185,10 @@ def main(config: LessonsConfig) -> None:
     if not chosen:
         raise UserError(f"only={config.only} is not a lesson; choose one of {', '.join(lessons)}")
     draw_shapes(config)
-    for mistake in (CORRECT, *chosen):
-        train_with(mistake, config)
+    runs = [train_with(mistake, config) for mistake in (CORRECT, *chosen)]
     for lesson in lessons:
-        draw_lesson(lesson, config)
-    print(make_table([CORRECT, *chosen], config))
+        draw_lesson(lesson, runs, config)
+    print(make_table(runs))
 
 
 if __name__ == "__main__":

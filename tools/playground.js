@@ -155,7 +155,7 @@ async function writeText({kept = 0, choice = null, count, start = byId("prompt")
     for (const span of [...box.querySelectorAll(".token")].slice(kept)) span.remove();
     tokens.length = kept;
     try {
-        const request = {checkpoint, options, written: tokens.map(token => token.id), choice, earlier: []};
+        const request = {checkpoint, options, written: tokens.map(token => token.id), choice};
         let about = "";
         for await (const answer of ask("write", request, signal)) {
             if (answer.about) {
@@ -329,8 +329,8 @@ async function drawAttention() {
 // Compare: one prompt, several checkpoints
 
 async function compareCheckpoints() {
-    const signal = beginTurn("compare"), earlier = [];
-    const request = {options: samplingOptions(), written: [], choice: null, earlier};
+    const signal = beginTurn("compare");
+    const request = {options: samplingOptions(), written: [], choice: null};
     const paths = Array.from(byId("compared").querySelectorAll(":checked"), box => box.value);
     byId("cards").replaceChildren();
     show("compare-message", paths.length ? `with ${describeSettings()}` : "No checkpoint is chosen.",
@@ -345,10 +345,9 @@ async function compareCheckpoints() {
                 if (answer.candidates) text.append(tokenSpan(answer, number++));
                 else {
                     about.textContent = answer.about;
-                    if (answer.prompt) text.append(promptSpan(answer.prompt));
+                    text.append(promptSpan(answer.prompt));
                 }
             }
-            if (number) earlier.push(checkpoint);
         } catch (error) {
             about.id = "compare-error";
             report("compare-error", error);

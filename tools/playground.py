@@ -1,6 +1,6 @@
 """Show in a browser what a model thinks.
 
-    python -m tools.playground --out_dir=out/phase1_char --out_dir=out/phase2_bpe
+    python -m tools.playground --out_dir=out/phase1_char,out/phase2_bpe
 
 The page has five tabs:
 
@@ -38,8 +38,8 @@ from torch.nn.functional import cross_entropy
 from model import GPT, candidates
 from sample import SampleConfig
 from support import tokenizer as tokenizers
-from support.checkpoint import load_checkpoint
-from support.log import given_out_dirs, read_log
+from support.checkpoint import build_model, load_checkpoint
+from support.log import read_log
 from support.runtime import explain_out_of_memory, resolve_device
 
 MODEL_LOCK = threading.Lock()  # requests run in threads; one at a time observes or changes a model
@@ -59,7 +59,7 @@ HEADERS = {
 class PlaygroundConfig:
     """Show in a browser on this machine what the models of one or more runs think."""
 
-    out_dir: str = "out/phase1_char"  # folder of a run; repeat the option for more runs
+    out_dir: str = "out/phase1_char"  # folder of a run, or of several: out/a,out/b
     checkpoint: str = "ckpt.pt"  # file selected first; best.pt has the lowest loss
     port: int = 7860  # the address of the page is http://127.0.0.1:port
     device: str = "auto"  # cpu, cuda, cuda:1, mps
@@ -82,13 +82,9 @@ class Loaded(NamedTuple):
         return visible(self.tokenizer.decode_bytes([i]))
 
 
-def file_version(path: Path) -> list[int] | None:
-    """Return a fingerprint that changes when the file changes; None if there is no file."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return None
-    return [stat.st_mtime_ns, stat.st_size, stat.st_ino]
+def changed_at(path: Path) -> float:
+    """Return when a file was last changed, in seconds; 0 if there is no file."""
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 class Checkpoints:
@@ -98,7 +94,7 @@ class Checkpoints:
         self.device = device
         names = dict.fromkeys((first, "ckpt.pt", "best.pt"))
         self.runs = {out_dir: [f"{out_dir}/{name}" for name in names] for out_dir in out_dirs}
-        self.loaded: dict[str, tuple[list[int] | None, Loaded]] = {}
+        self.loaded: dict[str, tuple[float, Loaded]] = {}  # with the time of its file
         self.lock = threading.Lock()
 
     def find(self) -> dict[str, list[str]]:
@@ -110,23 +106,21 @@ class Checkpoints:
         if not any(path in paths for paths in self.runs.values()):
             raise UserError(f"{path or 'no checkpoint yet'}: choose a checkpoint of a run")
         with self.lock:
-            version = file_version(Path(path))
+            version = changed_at(Path(path))
             if path not in self.loaded or self.loaded[path][0] != version:
-                model, checkpoint = load_checkpoint(Path(path))
-                model.to(self.device).eval()
-                tokenizer = tokenizers.from_dict(checkpoint["tokenizer"])
-                start = checkpoint.get("train_config", {}).get("sample_start", "\n")
-                loaded = Loaded(Path(path), model, tokenizer, checkpoint["step"], start)
+                checkpoint = load_checkpoint(Path(path))
+                model = build_model(checkpoint.shape, checkpoint.weights).to(self.device).eval()
+                tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
+                start = checkpoint.train_config.get("sample_start", "\n")
+                loaded = Loaded(Path(path), model, tokenizer, checkpoint.step, start)
                 self.loaded[path] = version, loaded
             return self.loaded[path][1]
 
 
 def describe(loaded: Loaded, prompt: str) -> str:
     """Return the step and validation loss of a checkpoint, and whether it sees the whole prompt."""
-    try:
-        records = read_log(loaded.path.parent / "log.jsonl")
-    except (UserError, OSError):
-        records = []
+    log = loaded.path.parent / "log.jsonl"
+    records = read_log(log) if log.exists() else []
     text = f"step {loaded.step:,}, no validation loss in its log"
     evaluations = [r for r in records if "val_loss" in r and r["step"] <= loaded.step]
     if evaluations:
@@ -138,11 +132,6 @@ def describe(loaded: Loaded, prompt: str) -> str:
     if length > limit:
         text += f"; the prompt has {length:,} tokens and this model sees the last {limit:,}"
     return text
-
-
-def same_weights(a: GPT, b: GPT) -> bool:
-    """Return whether two models have the same shape and the same weights."""
-    return a.config == b.config and all(map(torch.equal, a.parameters(), b.parameters()))
 
 
 def probabilities(logits: Tensor, **sampling) -> tuple[Tensor, Tensor]:
@@ -204,13 +193,13 @@ def write(
     has the three most likely tokens after each layer.
     """
     model, tokenizer, V = loaded.model, loaded.tokenizer, loaded.model.config.vocab_size
-    if not all(type(i) is int and 0 <= i < V for i in [*written, choice or 0]):
+    if not all(0 <= i < V for i in [*written, choice or 0]):
         raise ValueError("a token id is outside of the vocabulary")
     device = next(model.parameters()).device
     idx = torch.tensor([tokenizer.encode(options.start) + written], device=device)  # (1, T)
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     generator = torch.Generator(device).manual_seed(options.seed)
-    weights = torch.ones(1, min(options.top_k or V, V) if options.temperature else 1, device=device)
+    weights = torch.ones(1, min(options.top_k or V, V), device=device)
     for _ in range(len(written) + (choice is not None)):
         torch.multinomial(weights, 1, generator=generator)
     count = options.max_new_tokens
@@ -227,14 +216,8 @@ def write(
         ranks = {i: rank for rank, i in enumerate(ids, start=1)}
         ranks.setdefault(taken, int((before > before[taken]).sum()) + 1)
         rows = [
-            {
-                "id": i,
-                "rank": rank,
-                "label": loaded.label(i),
-                "before": before[i].item(),
-                "after": after[i].item(),
-                "taken": i == taken,
-            }
+            {"id": i, "rank": rank, "label": loaded.label(i), "taken": i == taken}
+            | {"before": before[i].item(), "after": after[i].item()}
             for i, rank in ranks.items()
         ]
         best = layers.softmax(dim=-1).topk(min(3, V))  # (n_layer, 3)
@@ -287,7 +270,6 @@ class Playground:
 
     def answer(self, action: str, fields: dict) -> Iterator[dict]:
         """Yield the answers of an action. If it fails, the last one is {"error": the reason}."""
-        assert action in ACTIONS
         try:
             with explain_out_of_memory():
                 yield from getattr(self, action)(fields)
@@ -299,11 +281,11 @@ class Playground:
     def runs(self, fields: dict) -> Iterator[dict]:
         """The checkpoints of each run, and the run whose log changed last."""
         runs = self.checkpoints.find()
-        newest = max(runs, key=lambda run: file_version(Path(run, "log.jsonl")) or [0])
+        newest = max(runs, key=lambda run: changed_at(Path(run, "log.jsonl")))
         yield {"runs": runs, "newest": newest}
 
     def write(self, fields: dict) -> Iterator[dict]:
-        """A line about the checkpoint, then each token; no token if an earlier model is equal.
+        """A line about the checkpoint, then each token.
 
         To go on with a text, `written` has the ids of its tokens after the prompt. `choice` is the
         id of a candidate to put after them, or null.
@@ -313,13 +295,8 @@ class Playground:
         if not values["start"]:
             raise UserError("the prompt is empty; a model can only continue a text")
         options = read_options(SampleConfig, [f"--{key}={value}" for key, value in values.items()])
-        about, choice = describe(loaded, options.start), fields["choice"]
-        for other in fields["earlier"]:
-            if same_weights(self.checkpoints.load(other).model, loaded.model):
-                yield {"about": f"{about}; the same weights as {other}, so the same text"}
-                return
-        yield {"about": about, "prompt": options.start}
-        yield from write(loaded, options, fields["written"], choice)
+        yield {"about": describe(loaded, options.start), "prompt": options.start}
+        yield from write(loaded, options, fields["written"], fields["choice"])
 
     def tokens(self, fields: dict) -> Iterator[dict]:
         """The first tokens of a text, each with its probability after the tokens before it."""
@@ -346,10 +323,8 @@ class Playground:
         limit = math.isqrt(LARGEST_MAPS // (2 * config.n_layer * config.n_head))
         shown = ids[: max(0, min(fields["count"], config.block_size, limit))]
         if len(shown) < 2:
-            if len(ids) >= 2:
-                raise UserError("choose at least 2 tokens to show; attention needs 2")
-            length = f"{len(ids)} token{'s' * (len(ids) != 1)}"
-            raise UserError(f"{text!r} has {length}; attention needs at least 2")
+            found = f"{len(shown)} of {len(ids)} tokens are shown, but attention needs 2"
+            raise UserError(f"{found}; write a longer prompt, or show more of it")
         idx = torch.tensor([shown], device=next(loaded.model.parameters()).device)
         maps = []
         for masked in (True, False):
@@ -364,8 +339,8 @@ class Playground:
         run = fields["run"]
         if run not in self.checkpoints.runs:
             raise UserError(f"{run}: not a run of this page")
-        version = file_version(Path(run, "log.jsonl"))
-        if version is None or version != fields["version"]:
+        version = changed_at(Path(run, "log.jsonl"))
+        if version == 0 or version != fields["version"]:
             keys = ("step", "epoch", "loss", "train_loss", "val_loss", "sample")
             records = read_log(Path(run, "log.jsonl"))
             yield {"version": version, "records": [{k: r.get(k) for k in keys} for r in records]}
@@ -437,8 +412,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(config: PlaygroundConfig) -> None:
-    device = resolve_device(config.device)
-    out_dirs = given_out_dirs(config.out_dir)
+    out_dirs, device = config.out_dir.split(","), resolve_device(config.device)
     playground = Playground(Checkpoints(out_dirs, config.checkpoint, device))
     for out_dir, paths in playground.checkpoints.find().items():
         if not paths:

@@ -1,6 +1,5 @@
 """Reading and cleaning of documents; tests/test_prepare_openweb.py has the tests of the writer."""
 
-import json
 import unicodedata
 from collections import Counter
 from configurator import UserError
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.corpus import clean, difference, hash_document, read_documents
+from support.corpus import clean, hash_document, read_documents
 
 
 def test_a_long_text_file_is_split_at_ends_of_lines(tmp_path):
@@ -28,27 +27,30 @@ def test_a_line_that_never_ends_is_not_read_at_once(tmp_path):
     assert lengths == [100_000, 100_000, 50_000]
 
 
-def test_the_end_of_text_line_ends_a_document(tmp_path):
-    content = "one\ntwo\n<|endoftext|>\nthree <|endoftext|>\n<|endoftext|>\r\nfour"
-    (tmp_path / "a.txt").write_bytes(content.encode())
-    assert list(read_documents(tmp_path / "a.txt", "text")) == [
-        b"one\ntwo\n",
-        b"three <|endoftext|>\n",
-        b"four",
-    ]
+def test_the_end_of_text_line_ends_a_document_and_a_byte_order_mark_is_no_text(tmp_path):
+    content = "\ufeffone\r\ntwo\r\n<|endoftext|>\nthree <|endoftext|>\n<|endoftext|>\r\nfour"
+    (tmp_path / "a.txt").write_bytes(content.encode() + b" \xff")
+    documents = [b"one\r\ntwo\r\n", b"three <|endoftext|>\n", b"four \xff"]
+    assert list(read_documents(tmp_path / "a.txt", "text")) == documents
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "text"}\n'.encode())
+    assert list(read_documents(tmp_path / "a.jsonl", "text")) == [b"text"]
 
 
-def test_missing_texts_in_a_parquet_file_are_skipped(tmp_path):
-    pq.write_table(pa.table({"text": ["a", None, "", "b"]}), tmp_path / "a.parquet")
-    assert list(read_documents(tmp_path / "a.parquet", "text")) == [b"a", b"", b"b"]
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_missing_texts_in_a_parquet_file_are_skipped(tmp_path, kind):
+    table = pa.table({"text": pa.array(["a", None, "", "b"] * 100, kind), "id": range(400)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=30)
+    assert list(read_documents(tmp_path / "a.parquet", "text")) == [b"a", b"", b"b"] * 100
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", "7", '"text"', '{"text": 7}', '{"other": "a"}'])
+@pytest.mark.parametrize(
+    "line", ["[" * 9**5, "{", "[]", "7", '"text"', '{"text": 7}', '{"a": "b"}']
+)
 def test_a_jsonl_line_without_text_is_named(tmp_path, line):
-    (tmp_path / "a.jsonl").write_text(f'{{"text": "first"}}\n\n{line or "[" * 100_000}\n')
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "first \\ud800"}}\n\n{line}\n')
     documents = read_documents(tmp_path / "a.jsonl", "text")
-    assert next(documents) == b"first"
-    with pytest.raises(UserError, match="line 3 is not JSON with a text 'text'"):
+    assert next(documents) == b"first \xed\xa0\x80"
+    with pytest.raises(UserError, match="line 3 is not JSON with a text 'text'; use --column"):
         next(documents)
 
 
@@ -64,17 +66,11 @@ def test_what_clean_repairs_is_counted():
     counts = Counter()
     assert clean(b"a\r\nb\rc\x00 e\xcc\x81 \xff", counts) == "a\nb\nc \u00e9 \ufffd"
     assert set(counts.values()) == {1} and len(counts) == 3
+    assert clean("right: \ufffd".encode(), counts) == "right: \ufffd"
+    assert set(counts.values()) == {1} and len(counts) == 3
 
 
 def test_a_larger_share_for_validation_contains_a_smaller_one():
     texts = [str(n).encode() for n in range(2000)]
     few, many = ({t for t in texts if hash_document(t, share)[1]} for share in (0.1, 0.3))
     assert few < many and 100 < len(few) < 300 and 500 < len(many) < 700
-
-
-def test_the_difference_of_options_is_named():
-    options = {"size": "1MB", "files": ["a"], "inputs": [["a", 1, 2]]}
-    assert difference(options, json.loads(json.dumps(options))) == ""
-    assert difference(options | {"size": "2MB"}, options) == "size=2MB instead of 1MB"
-    assert difference(options | {"new": 1}, options) == "new=1 instead of None"
-    assert "input files" in difference(options | {"inputs": [["a", 1, 3]]}, options)

@@ -1,9 +1,19 @@
 """Muon against torch's own, and which optimizer gets which parameters."""
 
+import copy
+
 import pytest
 import torch
 
-from support.optimizers import Muon, orthogonalize
+from model import GPT, GPTConfig
+from support.optimizers import Muon, load_optimizers, make_optimizers, orthogonalize
+from train import TrainConfig
+
+RATES = dict(muon_lr=0.5, muon_momentum=0.8, learning_rate=0.1, weight_decay=0.3)
+
+
+def small_model(**changed) -> GPT:
+    return GPT(GPTConfig(vocab_size=9, block_size=8, n_layer=2, n_head=2, n_embd=8, **changed))
 
 
 @pytest.mark.parametrize("momentum", [0.95, 0.8])
@@ -33,46 +43,88 @@ def test_muon_takes_the_steps_of_torchs_muon(dtype, momentum):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
-class OnGpu(torch.Tensor):
-    """A tensor with values that says it is on a GPU."""
-
-    device = torch.device("cuda")
-
-
-@pytest.mark.parametrize("skip", [0.0, 1.0])
-def test_on_a_gpu_muon_chooses_between_old_and_new_without_reading_found_inf(skip):
-    muon = Muon([torch.nn.Parameter(torch.zeros(2, 2))], 0.1, 0.0, 0.95, torch.float32)
-    muon.found_inf = torch.tensor(skip).as_subclass(OnGpu)
-    old, new = torch.zeros(2, 2), torch.ones(2, 2)
-    chosen = muon.unless_skipped(new, old)
-    assert torch.equal(chosen.as_subclass(torch.Tensor), old if skip else new)
-
-
 def test_orthogonalize_moves_all_singular_values_close_to_1():
     x = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalize(x))
     assert values.min() > 0.6 and values.max() < 1.25
     assert torch.linalg.svdvals(x).max() > 4
+    assert not orthogonalize(torch.zeros(1, 2, 3)).any()  # and no division by zero
 
 
-def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest_at_proportional_rates(
-    tiny_trainer,
-):
-    rates = dict(muon_lr=0.5, muon_momentum=0.8, learning_rate=0.1, weight_decay=0.3)
-    trainer = tiny_trainer(optimizer="muon", **rates)
-    muon, adamw = trainer.optimizers
-    assert type(muon) is Muon and type(adamw) is torch.optim.AdamW
-    in_muon = {p for group in muon.param_groups for p in group["params"]}
-    assert in_muon == {p for p in trainer.model.transformer.h.parameters() if p.dim() == 2}
-    assert muon.param_groups[0]["momentum"] == 0.8
-    groups = muon.param_groups + adamw.param_groups
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.3, 0.0]
-    trainer.train_step(0, lr=0.02)
-    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.02, 0.02])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest(tie_weights):
+    model = small_model(tie_weights=tie_weights)
+    hidden = {p for p in model.transformer.h.parameters() if p.dim() == 2}
+    matrices = {p for p in model.parameters() if p.dim() == 2}
+    vectors = {p for p in model.parameters() if p.dim() == 1}
+    assert len(hidden) == 4 * 2
+    for name, expected in (
+        ("muon", [(hidden, 0.3, 0.5), (matrices - hidden, 0.3, 0.1), (vectors, 0.0, 0.1)]),
+        ("adamw", [(matrices, 0.3, 0.1), (vectors, 0.0, 0.1)]),
+    ):
+        config = TrainConfig(optimizer=name, beta1=0.7, beta2=0.8, **RATES)
+        optimizers = make_optimizers(model, config, torch.float32)
+        assert [type(o) for o in optimizers] == [Muon] * (name == "muon") + [torch.optim.AdamW]
+        groups = [group for o in optimizers for group in o.param_groups]
+        found = [(set(g["params"]), g["weight_decay"], g["initial_lr"]) for g in groups]
+        assert found == expected and all(g["lr"] == g["initial_lr"] for g in groups)
+        assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+        assert groups[-1]["betas"] == (0.7, 0.8)
+        assert name == "adamw" or (groups[0]["momentum"], optimizers[0].dtype) == (
+            0.8,
+            torch.float32,
+        )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_in_exactly_one_group(tiny_trainer, optimizer):
-    trainer = tiny_trainer(optimizer=optimizer, tie_weights=False)
-    found = [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]
-    assert len(found) == len(set(found)) and set(found) == set(trainer.model.parameters())
+def test_a_parameter_that_no_optimizer_has_is_noticed():
+    model = small_model()
+    model.extra = torch.nn.Parameter(torch.zeros(2, 2, 2))
+    with pytest.raises(AssertionError):
+        make_optimizers(model, TrainConfig(), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_rates_of_a_run_rise_and_fall_together(tiny_run, before_update, name):
+    seen = []
+    before_update(
+        lambda _step, _model, optimizers: seen.append(
+            [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        )
+    )
+    tiny_run(optimizer=name, max_iters=3, decay_lr=False, **RATES)
+    peaks = [0.5, 0.1, 0.1] if name == "muon" else [0.1, 0.1]
+    for rates, part in zip(seen, (1, 1 / 3, 2 / 3), strict=True):  # 2 of 3 steps of warm-up
+        assert rates == pytest.approx([part * peak for peak in peaks])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_loaded_optimizers_go_on_with_their_moments_but_with_this_runs_rates(name):
+    torch.manual_seed(0)
+    x = torch.randint(9, (2, 8))
+    config = TrainConfig(optimizer=name, **RATES)
+    model, new = small_model(), small_model()
+
+    def step(model, optimizers) -> None:
+        model(x, x)[1].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    optimizers = make_optimizers(model, config, torch.float32)
+    step(model, optimizers)
+    new.load_state_dict(model.state_dict())
+    saved = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
+    loaded = make_optimizers(new, config, torch.float32)
+    load_optimizers(loaded, saved)
+    for a, b in zip(optimizers, loaded, strict=True):
+        torch.testing.assert_close(b.state_dict(), a.state_dict(), rtol=0, atol=0)
+    step(model, optimizers)
+    step(new, loaded)
+    assert all(map(torch.equal, model.parameters(), new.parameters()))
+    other = TrainConfig(optimizer=name, learning_rate=0.2, muon_lr=0.2, weight_decay=0.0)
+    loaded = make_optimizers(new, other, torch.float32)
+    load_optimizers(loaded, saved)
+    groups = [group for optimizer in loaded for group in optimizer.param_groups]
+    assert all((g["lr"], g["initial_lr"], g["weight_decay"]) == (0.2, 0.2, 0.0) for g in groups)
+    with pytest.raises(ValueError):
+        load_optimizers(loaded, saved[:-1])

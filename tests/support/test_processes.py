@@ -42,14 +42,17 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-def test_one_process_needs_no_torchrun():
+def test_one_process_needs_no_torchrun(capsys):
     processes, values = Processes("cpu"), torch.tensor([1.0, 2.0])
     assert processes.is_first and (processes.rank, processes.count) == (0, 1)
-    assert processes.mean(values).tolist() == processes.sum(values).tolist() == [1, 2]
-    assert processes.gather("a") == ["a"] and processes.in_turn(lambda: 3) == 3
+    assert processes.sum(values).tolist() == [1, 2] and processes.gather("a") == ["a"]
+    assert processes.any(True) and not processes.any(False)
     assert list(processes.share(5)) == [0, 1, 2, 3, 4]
     model = torch.nn.Linear(2, 2)
     assert processes.wrap(model) is model
+    for processes.is_first in (True, False):
+        processes.say("a line")
+    assert capsys.readouterr().out == "a line\n"
 
 
 @pytest.mark.parametrize(("rank", "passes"), [(0, [0, 1, 2]), (1, [3, 4, 5])])
@@ -67,19 +70,18 @@ def test_passes_that_can_not_be_divided_say_what_to_set():
         processes.share(2)
 
 
-def test_nccl_on_a_cpu_is_refused(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+@pytest.mark.parametrize(
+    ("names", "backend", "words"),
+    [
+        ("RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT", "nccl", "does not work on cpu here"),
+        ("RANK WORLD_SIZE", "auto", "the environment has RANK but no LOCAL_RANK; start with torch"),
+    ],
+)
+def test_processes_that_can_not_meet_are_refused(monkeypatch, names, backend, words):
+    for name in names.split():
         monkeypatch.setenv(name, "1")
-    with pytest.raises(UserError, match="backend=nccl does not work on cpu here; use --backend="):
-        Processes("cpu", "nccl")
-
-
-def test_a_rank_without_torchrun_is_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    words = "the environment has RANK but no LOCAL_RANK; start with torchrun, or unset RANK"
     with pytest.raises(UserError, match=words):
-        Processes("cpu")
+        Processes("cpu", backend)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
+import threading
 from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
 import prepare_shakespeare
 
@@ -29,35 +29,11 @@ ROOT = Path(prepare_shakespeare.__file__).parent
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"  # finds what makes a page hard to use
 pytestmark = pytest.mark.browser
 
-# Python runs a file of this name when it starts. It records the hosts that the server contacts.
-SITECUSTOMIZE = """
-import sys
-def note(event, args):
-    read = {"socket.connect": lambda: args[1][0], "socket.getaddrinfo": lambda: args[0],
-            "socket.gethostbyaddr": lambda: args[0], "socket.bind": lambda: args[1][0]}
-    host = read.get(event, str)()
-    if host:
-        with open("hosts.txt", "a") as file:
-            print(host if isinstance(host, str) else host.decode(), file=file)
-sys.addaudithook(note)
-"""
-FIRST_TOKEN = """() => {
-    document.addEventListener("click", () => {
-        const start = performance.now();
-        const observer = new MutationObserver(() => {
-            if (!document.querySelector("#text .token")) return;
-            window.firstToken = performance.now() - start;
-            observer.disconnect();
-        });
-        observer.observe(document.querySelector("#text"), {childList: true});
-    }, {capture: true, once: true});
-}"""
 # Hostile text: each piece would run code, add an element or end an attribute if it became HTML.
 HOSTILE = (
     '<img src=x onerror="window.hacked = 1"> </script><script>window.hacked = 2</script> '
     "'><svg onload='window.hacked = 3'> &lt;b&gt; ${window.hacked = 4} `\" onclick=\"hacked = 5"
 )
-
 FOREIGN_PAGE = """<iframe src="URL"></iframe><script>
 const send = (mode, path) => fetch("URL" + path, {method: "POST", mode, body: "{}"});
 const read = answers => answers.map(answer => answer.value ? answer.value.type : "refused");
@@ -67,38 +43,26 @@ Promise.allSettled([send("cors", "/runs"), fetch("URL/"), send("no-cors", "/writ
 
 
 @contextmanager
-def served(out_dirs: list[str], env: dict[str, str] | None = None):
+def served(out_dirs: list[str]):
     """Yield the address of a playground that was started as a user starts it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = [*(f"--out_dir={out_dir}" for out_dir in out_dirs), f"--port={port}"]
-    command = [sys.executable, "-m", "tools.playground", *options]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-        try:
-            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
-            while True:
-                try:
-                    urllib.request.urlopen(url, timeout=5).close()
-                    break
-                except OSError:
-                    log.seek(0)
-                    assert process.poll() is None and time.monotonic() < deadline, log.read()
-                    time.sleep(0.1)
-            yield url
-            log.seek(0)
-            assert "Traceback" not in log.read()
-        finally:
-            process.terminate()
-            process.wait()
+    command = [sys.executable, "-m", "tools.playground", f"--out_dir={','.join(out_dirs)}"]
+    command, env = [*command, f"--port={port}"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    process = subprocess.Popen(command, env=env, **pipes)
+    try:
+        assert any(line.startswith("open http") for line in process.stdout)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        output = process.communicate()[0]
+    assert "Traceback" not in output, output
 
 
 @contextmanager
 def chromium():
-    from playwright.sync_api import expect, sync_playwright  # so that other tests do not need it
-
     expect.set_options(timeout=20_000)
     path = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     assert path, "there is no chromium on the PATH; on Debian: apt-get install chromium"
@@ -126,7 +90,6 @@ def opened(browser, url: str, width: int = 1280, height: int = 900, scheme: str 
 
 
 def start_text(page, **options) -> None:
-    """Set options of the text and press Write."""
     for name, value in options.items():
         page.locator(f"#{name}").fill(str(value))
     page.locator("#write-start").click()
@@ -150,13 +113,9 @@ def is_visible(page, selector: str) -> bool:
     }""")
 
 
-def try_write(page, expect) -> None:
-    token, about, chosen = (
-        page.locator("#text .token"),
-        page.locator("#about"),
-        page.locator("#choice"),
-    )
-    candidates = page.locator("#candidates tr")
+def try_write(page) -> None:
+    token, about = page.locator("#text .token"), page.locator("#about")
+    chosen, candidates = page.locator("#choice"), page.locator("#candidates tr")
     expect(token).to_have_count(300)
     expect(chosen).to_contain_text("Token 1 is ")
     expect(about).to_contain_text("step 12, validation loss 2.")
@@ -165,21 +124,14 @@ def try_write(page, expect) -> None:
     assert candidates.count() in (10, 11) and page.locator("#candidates .taken").count() == 1
     shades = "all => new Set(all.map(token => getComputedStyle(token).backgroundColor)).size"
     assert token.evaluate_all(shades) > 3
-    expect(about).not_to_have_class("alert")
-    layers = page.locator("#lens tr")
-    best = [(f"{label} {before}") for _, label, before, _ in cells(candidates)[:3]]
-    assert layers.count() == 2 and cells(layers)[-1] == ["2", *best]
-
-    page.evaluate(FIRST_TOKEN)
+    lens, best = page.locator("#lens tr"), candidates.first.locator("button").inner_text()
+    assert lens.count() == 2 and lens.last.inner_text().split()[:2] == ["2", *best.split()]
     start_text(page)  # while the page shows 300 tokens
-    first = page.wait_for_function("() => window.firstToken").json_value() / 1000
-    print(f"first token {first:.3f} s after the click")
     start_text(page, temperature=0, max_new_tokens=30)  # the other text may still be growing
     expect(token).to_have_count(30)
     token.nth(3).click()
     expect(page.locator("#settings")).to_have_text("temperature 0")
     expect(page.locator("#candidates .taken")).to_contain_text("100.0%")
-
     prompt = page.locator("#prompt")
     for mistake, words in (("", "the prompt is empty"), ("Zeus", "character 'Z' at position 0")):
         prompt.fill(mistake)
@@ -196,24 +148,14 @@ def try_write(page, expect) -> None:
     expect(about).not_to_contain_text("prompt")
     expect(token).to_have_count(20)
     expect(page.locator("#text .prompt")).to_have_text("3 times 4")
-    try_next_token(page, expect)
+    try_next_token(page)
 
 
-def cells(rows) -> list[list[str]]:
-    """Return the text of each cell of some rows of a table."""
-    return [
-        [" ".join(t.split()) for t in row.locator("td, th").all_inner_texts()] for row in rows.all()
-    ]
-
-
-def try_next_token(page, expect) -> None:
-    """Choose candidates one by one, then go on with the text."""
+def try_next_token(page) -> None:
     token, chosen = page.locator("#text .token"), page.locator("#choice")
-    text = page.locator("#text").text_content()
     page.locator("#write-next").click()
     expect(token).to_have_count(21)
     expect(chosen).to_contain_text("Token 21 is ")
-    assert page.locator("#text").text_content().startswith(text)
     token.nth(4).click()
     other = page.locator("#candidates tr:not(.taken) button").nth(1)
     label = other.inner_text()
@@ -222,8 +164,6 @@ def try_next_token(page, expect) -> None:
     expect(chosen).to_contain_text("Token 6 is ")
     shown = {" ": "␣", "\n": "↵", "↵\n": "↵"}
     assert shown.get(text := token.nth(4).text_content(), text) == label
-    assert token.nth(5).evaluate("token => token.classList.contains('chosen')")
-    expect(page.locator("#candidates button").first).to_be_focused()
     page.keyboard.press("Enter")  # the keyboard goes on choosing the most likely
     expect(token).to_have_count(7)
     expect(page.locator("#candidates button").first).to_be_focused()
@@ -237,40 +177,31 @@ def try_next_token(page, expect) -> None:
     expect(token).to_have_count(20)
 
 
-def try_tokens(page, expect) -> None:
-    """Each token of the prompt has its id and its probability, while the prompt is typed."""
+def try_tokens(page) -> None:
     pieces, message = page.locator("#pieces li"), page.locator("#tokens-message")
     expect(message).to_contain_text("9 characters, 9 tokens. Loss: ")
     assert pieces.first.inner_text().split()[0] == "3" and "first" in pieces.first.inner_text()
-    assert (
-        pieces.nth(1).inner_text().split()[:2] == ["␣", "id"] and "%" in pieces.nth(1).inner_text()
-    )
-    page.locator("#prompt").press_sequentially(" ")
-    expect(pieces).to_have_count(10)
+    assert re.fullmatch(r"␣\s+id 1\s+[<\d.]+%", pieces.nth(1).inner_text())
     page.locator("#prompt").fill("3" * 200)
     expect(message).to_contain_text("200 characters, 200 tokens; these are the first 128.")
     page.locator("#prompt").fill("")
     expect(message).to_contain_text("the prompt is empty")
     expect(pieces).to_have_count(0)
-    page.locator("#prompt").fill("3 times 4")
+    page.locator("#prompt").press_sequentially("3 times 4")
     expect(pieces).to_have_count(9)
 
 
-def try_attention(page, expect) -> None:
+def try_attention(page) -> None:
     maps, verdict = page.locator("#maps svg"), page.locator("#verdict")
+    over = page.locator("#over")
     expect(verdict).to_contain_text("The prompt alone has 9 tokens.")  # it was edited
-    page.locator("#over").get_by_label("prompt and text").check()
-    expect(verdict).to_contain_text(
-        "The prompt with the text has 29 tokens; the maps show the first 24."
-    )
+    over.get_by_label("prompt and text").check()
+    expect(verdict).to_contain_text("with the text has 29 tokens; the maps show the first 24.")
     expect(maps.first.locator("rect")).to_have_count(24 * 25 // 2)
-    assert [
-        [svg.locator(f"rect.{name}").count() for name in ("past", "future")] for svg in maps.all()
-    ] == [[24 * 25 / 2, 0], [24 * 25 / 2, 24 * 23 / 2]]
+    assert [svg.locator("rect.future").count() for svg in maps.all()] == [0, 24 * 23 / 2]
     judge = "loss => verdict({maps: [{loss: 2}, {loss}], labels: [], count: 2}, 'It')"
     assert "was trained without the mask: it copies" in page.evaluate(judge, 0.9)
     assert "impossibly good" not in page.evaluate(judge, 1.1)
-
     heads, title = page.locator("#heads button"), page.locator("#maps b").first
     assert heads.count() == 8
     pixels = "canvas => canvas.toDataURL()"
@@ -284,22 +215,17 @@ def try_attention(page, expect) -> None:
         page.keyboard.press(key)
     expect(title).to_have_text("Layer 1, head 2, with the mask")
     expect(page.get_by_role("button", name="layer 1, head 2")).to_be_focused()
-    page.locator("#over").get_by_label("prompt", exact=True).check()
-    expect(verdict).to_contain_text("The prompt alone has 9 tokens.")
-    page.locator("#over").get_by_label("prompt and text").check()
     page.locator("#prompt").fill("3 times")  # the written text continues another prompt
     expect(verdict).to_contain_text("The prompt alone has 7 tokens.")
-    assert page.locator("#over").get_by_label("prompt", exact=True).is_checked()
+    assert over.get_by_label("prompt", exact=True).is_checked()
     expect(title).to_have_text("Layer 1, head 2, with the mask")
     page.locator("#prompt").fill("3 times 4")
     expect(verdict).to_contain_text("The prompt alone has 9 tokens.")
 
 
-def try_compare(page, expect) -> None:
-    """One checkpoint per run is ticked; equal models write once; cards stand side by side."""
+def try_compare(page) -> None:
     boxes, cards = page.locator("#compared input"), page.locator("#cards article")
     assert [box.is_checked() for box in boxes.all()] == [True, False, True, False]
-    assert page.locator("#temperature").is_visible()  # the settings that Compare uses
     page.locator("#compare-start").click()
     expect(page.locator("#compare-message")).to_have_text("with temperature 0")
     expect(cards).to_have_count(2)
@@ -307,15 +233,12 @@ def try_compare(page, expect) -> None:
     expect(cards.nth(1)).to_contain_text("step 12, validation loss 2.")
     first, second = (cards.nth(i).bounding_box() for i in (0, 1))
     assert (first["y"] == second["y"]) == (page.viewport_size["width"] == 1280)
-    boxes.nth(1).check()
-    page.locator("#compare-start").click()
-    expect(cards).to_have_count(3)
-    expect(cards.nth(1)).to_contain_text("the same weights as out/one/ckpt.pt")
-    boxes.nth(1).uncheck()
 
 
-def try_learning(page, expect) -> None:
+def try_learning(page) -> None:
     """The curve and the samples follow the log of a run that trains, also a half written line."""
+    if page.viewport_size["width"] == 1280:  # at first it is the run whose log changed last
+        assert page.locator("#run").input_value() == "out/two"
     page.locator("#run").select_option("out/one")
     figures, log = page.locator("#figures"), Path("out/one/log.jsonl")
     slider, about = page.locator("#moment"), page.locator("#sample-about")
@@ -336,27 +259,18 @@ def try_learning(page, expect) -> None:
     assert slider.get_attribute("aria-valuetext") == about.text_content()
     page.keyboard.press("End")
     expect(about).to_contain_text(last)
-
     step = 1000 + log.stat().st_size
-    line = json.dumps({"step": step + 1, "epoch": 3, "loss": 1.23456})
-    evaluation = {
-        "step": step,
-        "epoch": 3,
-        "train_loss": 1.5,
-        "val_loss": 2.0478,
-        "sample": "4 times",
-    }
-    for words, seen in (
-        (f"{json.dumps(evaluation)}\n{line[:9]}", step),
-        (f"{line[9:]}\n", step + 1),
-    ):
+    at = {"step": step, "epoch": 3}
+    records = [at | {"train_loss": 1.5, "val_loss": 2.0478}, at | {"sample": "4 times"}]
+    records.append({"step": step + 1, "epoch": 3, "loss": 1.23456})
+    *whole, line = map(json.dumps, records)
+    for words, seen in (("\n".join([*whole, line[:9]]), step), (f"{line[9:]}\n", step + 1)):
         with open(log, "a", encoding="utf-8") as file:
             file.write(words)
         expect(figures).to_contain_text(f"step {seen:,}, epoch 3")
         expect(figures).to_contain_text("validation loss 2.048")
     expect(about).to_contain_text(f"Sample {samples + 1} of {samples + 1}, at step {step:,}")
     expect(page.locator("#sample")).to_have_text("4 times")
-    assert "validation loss 2.048 at step" in page.evaluate("step => readLosses(step)", step)
     page.mouse.move(box["x"] + box["width"] - 8, box["y"] + 100)
     expect(page.locator("#reading")).to_have_text(f"batch loss 1.235 at step {step + 1:,}")
 
@@ -370,37 +284,24 @@ def runs(tiny_run) -> list[str]:
     return [str(one), str(tiny_run(out_dir="out/two", seed=2))]
 
 
-def test_every_tab_works_wide_and_narrow_light_and_dark(runs, tmp_path):
-    from playwright.sync_api import expect
-
-    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
-    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+def test_every_tab_works_wide_and_narrow_light_and_dark(runs):
     assert AXE.exists(), "axe-core is missing: npm install --no-save --prefix . axe-core@4"
     tabs = {"Write": try_write, "Tokens": try_tokens, "Attention": try_attention}
     tabs |= {"Compare": try_compare, "Learning": try_learning}
-    other = {"light": "dark", "dark": "light"}
-    with served(runs, {"PYTHONPATH": path}) as url, chromium() as browser:
+    with served(runs) as url, chromium() as browser:
         for width, scheme in ((1280, "light"), (390, "dark")):
             with opened(browser, url, width, scheme=scheme) as page:
                 for name, try_tab in tabs.items():
                     page.get_by_role("tab", name=name).click()
-                    try_tab(page, expect)
+                    try_tab(page)
                     scrolled = page.evaluate("document.documentElement.scrollWidth")
                     assert scrolled <= width, f"{name} scrolls sideways"
-                    for colors in (scheme, other[scheme]):
+                    for colors in ("light", "dark"):
                         page.emulate_media(color_scheme=colors)
                         check_accessibility(page, f"{name}, {width} pixels, {colors}")
-                        if folder := os.environ.get("SCREENSHOTS"):
-                            picture = f"{folder}/{name}_{width}_{colors}.png"
-                            page.screenshot(path=picture, full_page=True)
-    hosts = (tmp_path / "hosts.txt").read_text(encoding="utf-8").split()
-    # urllib3 binds ::1 once, to find out whether this machine has IPv6.
-    assert {"127.0.0.1"} <= set(hosts) <= {"127.0.0.1", "::1"}
 
 
 def test_a_chosen_token_stays_visible_and_agrees_with_the_table(runs):
-    from playwright.sync_api import expect
-
     with served(runs) as url, chromium() as browser, opened(browser, url, 390) as page:
         token = page.locator("#text .token")
         expect(token).to_have_count(300)
@@ -422,23 +323,21 @@ def test_a_chosen_token_stays_visible_and_agrees_with_the_table(runs):
 
 def test_hostile_text_is_shown_as_text(tiny_run, tmp_path):
     """The data set, the prompt, the tokens, the paths and the errors hold HTML and JavaScript."""
-    from playwright.sync_api import expect
-
     (tmp_path / "hostile.txt").write_text(f"{HOSTILE}\n" * 400, encoding="utf-8")
     config = prepare_shakespeare.PrepareConfig(input="hostile.txt", dataset="hostile")
     prepare_shakespeare.main(config)
     run = "out/<img src=x onerror=hacked=6>'&quot;"
     tiny_run(dataset="hostile", out_dir=run, sample_interval=6, sample_start=HOSTILE)
     with served([run, "out/<b>none"]) as url, chromium() as browser, opened(browser, url) as page:
-        text = page.locator("#text")
+        token = page.locator("#text .token")
         expect(page.locator("#notice")).to_contain_text("No checkpoint yet in out/<b>none")
         assert page.locator("#checkpoint").input_value() == f"{run}/ckpt.pt"
         page.locator("#prompt").fill(HOSTILE)
         start_text(page)
-        expect(text.locator(".token")).to_have_count(300)
-        expect(text.locator(".prompt")).to_have_text(HOSTILE)
+        expect(token).to_have_count(300)
+        expect(page.locator("#text .prompt")).to_have_text(HOSTILE)
         for i in range(15):
-            text.locator(".token").nth(i).click()
+            token.nth(i).click()
         page.get_by_role("tab", name="Attention").click()
         expect(page.locator("#maps svg")).to_have_count(2)
         page.get_by_role("tab", name="Tokens").click()
@@ -446,7 +345,6 @@ def test_hostile_text_is_shown_as_text(tiny_run, tmp_path):
         page.get_by_role("tab", name="Compare").click()
         page.locator("#compare-start").click()
         expect(page.locator("#cards .prompt")).to_have_text(HOSTILE)
-        expect(page.locator("#cards h2")).to_have_text(f"{run}/ckpt.pt")
         page.get_by_role("tab", name="Learning").click()
         expect(page.locator("#sample")).to_contain_text(HOSTILE)
         page.get_by_role("tab", name="Write").click()
@@ -457,8 +355,6 @@ def test_hostile_text_is_shown_as_text(tiny_run, tmp_path):
         page.locator("#prompt").fill("<")
         start_text(page)
         expect(page.locator("#about")).to_contain_text(f"{run}/ckpt.pt: no such checkpoint")
-        page.get_by_role("tab", name="Learning").click()
-        expect(page.locator("#figures")).to_contain_text(run)
         bold = "p > b, td > b, figcaption > b"
         added = f"img, main svg[onload], body script, b:not({bold}), [onclick], [onerror]"
         assert page.locator(added).count() == 0
@@ -466,98 +362,58 @@ def test_hostile_text_is_shown_as_text(tiny_run, tmp_path):
 
 def test_another_page_can_not_use_the_playground(runs):
     """A page of another origin in the same browser can not send requests or show the page."""
-    other = Path("other")
-    other.mkdir()
-    with served(runs) as url:
-        (other / "index.html").write_text(FOREIGN_PAGE.replace("URL", url), encoding="utf-8")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "http.server", "--bind=127.0.0.1", str(port)]
-        process = subprocess.Popen(command, cwd=other, stderr=subprocess.DEVNULL)
-        try:
-            with chromium() as browser:
-                page = browser.new_page()
-                statuses = {}
-                page.on("response", lambda r: statuses.update({urlsplit(r.url).path: r.status}))
-                for _ in range(100):
-                    try:
-                        page.goto(f"http://127.0.0.1:{port}")
-                        break
-                    except Exception:
-                        time.sleep(0.1)
-                page.wait_for_function("() => window.answers")
-                assert page.evaluate("window.answers") == ["refused", "refused", "opaque"]
-                assert statuses["/write"] == 403
-                frame = page.frames[1]
-                assert frame.url.startswith("chrome-error:")
-        finally:
-            process.terminate()
-            process.wait()
+    with served(runs) as url, chromium() as browser:
+        Path("index.html").write_text(FOREIGN_PAGE.replace("URL", url), encoding="utf-8")
+        with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+            threading.Thread(target=other.serve_forever, daemon=True).start()
+            page, statuses = browser.new_page(), {}
+            page.on("response", lambda r: statuses.update({urlsplit(r.url).path: r.status}))
+            page.goto(f"http://127.0.0.1:{other.server_port}")
+            page.wait_for_function("() => window.answers")
+            assert page.evaluate("window.answers") == ["refused", "refused", "opaque"]
+            assert statuses["/write"] == 403
+            assert page.frames[1].url.startswith("chrome-error:")
+            other.shutdown()
 
 
 def test_runs_that_come_go_and_change_while_they_are_shown(runs):
-    from playwright.sync_api import expect
-
     one, two = map(Path, runs)
     with served(["out/later"]) as url, chromium() as browser, opened(browser, url) as page:
         token, about = page.locator("#text .token"), page.locator("#about")
         expect(page.locator("#notice")).to_contain_text("No checkpoint yet in out/later")
-        expect(about).to_contain_text("no checkpoint yet")
         shutil.copytree(one, "out/copy")
         Path("out/copy").rename("out/later")  # all at once: the page looks for it every second
         expect(page.locator("#checkpoint")).to_have_value("out/later/ckpt.pt")
-        expect(page.locator("#notice")).to_be_hidden()
         expect(token).to_have_count(300)  # the first checkpoint starts the first text
         page.locator("#prompt").fill("3")
         start_text(page, max_new_tokens=20)
         expect(token).to_have_count(20)
-
         before = page.locator("#text").inner_text()
         os.replace(two / "ckpt.pt", "out/later/ckpt.pt")
         start_text(page)
-        page.wait_for_function(
-            "before => document.querySelector('#text').innerText != before", arg=before
-        )
+        expect(page.locator("#text")).not_to_have_text(before)
         expect(token).to_have_count(20)
         shutil.rmtree("out/later")
         start_text(page)
         expect(about).to_contain_text("no such checkpoint")
-        shutil.copytree(one, "out/later")
-        start_text(page)
-        expect(token).to_have_count(20)
-
-
-def test_learning_opens_on_the_run_that_trains(runs):
-    with served(runs) as url, chromium() as browser, opened(browser, url) as page:
-        page.locator("#text .token").first.wait_for()
-        assert page.locator("#run").evaluate("select => select.value") == "out/two"
 
 
 def draw() -> None:
     """Draw the pictures of the page for the documents from the run of phase 1."""
     os.chdir(ROOT)
-    with (
-        served(["out/phase1_char"]) as url,
-        chromium() as browser,
-        opened(browser, url, width=1100, height=760) as page,
-    ):
+    size = dict(width=1100, height=760)
+    with served(["out/phase1_char"]) as url, chromium() as b, opened(b, url, **size) as page:
         page.locator("#text .token").nth(299).wait_for()  # the prompt is the run's by now
         start_text(page, max_new_tokens=150)  # the pieces of a short text make a small file
-        page.wait_for_function("() => document.querySelectorAll('#text .token').length === 150")
+        expect(page.locator("#text .token")).to_have_count(150)
         page.locator("#text .token").nth(12).click()
-        page.get_by_text("Token 13 is ").wait_for()
         page.screenshot(path="docs/pictures/playground_write.png", full_page=True)
         page.get_by_role("tab", name="Attention").click()
         page.get_by_role("button", name="layer 1, head 3").click()  # it looks at the token before
         page.screenshot(path="docs/pictures/playground_attention.png", full_page=True)
-        draw_learning(page)
-
-
-def draw_learning(page) -> None:
-    page.get_by_role("tab", name="Learning").click()
-    page.locator("#moment").press("Home")
-    page.screenshot(path="docs/pictures/playground_learning.png", full_page=True)
+        page.get_by_role("tab", name="Learning").click()
+        page.locator("#moment").press("Home")
+        page.screenshot(path="docs/pictures/playground_learning.png", full_page=True)
 
 
 if __name__ == "__main__":

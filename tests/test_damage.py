@@ -1,0 +1,149 @@
+"""Damaged files: each kind of damage ends in one line, or does no harm."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from configurator import UserError, one_line
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import logged
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.checkpoint import load_checkpoint
+from support.data import open_dataset
+from support.log import read_log
+from support.pictures import write_report
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("was-run",)
+
+
+def edit(**changed) -> Callable:
+    """Return a damage: other values in a JSON file or checkpoint; None removes a key."""
+
+    def apply(path: Path) -> None:
+        is_json = path.suffix == ".json"
+        fields = json.loads(path.read_bytes()) if is_json else torch.load(path, weights_only=True)
+        fields = {k: v for k, v in (fields | changed).items() if v is not None}
+        path.write_text(json.dumps(fields)) if is_json else torch.save(fields, path)
+
+    return apply
+
+
+def cut(part: float) -> Callable:
+    return lambda path: os.truncate(path, int(path.stat().st_size * part))
+
+
+def write(content: bytes) -> Callable:
+    return lambda path: path.write_bytes(content)
+
+
+def flip(part: float) -> Callable:
+    """Return a damage: one bit is flipped at this part of the file."""
+
+    def apply(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(part * len(content))] ^= 1
+        path.write_bytes(content)
+
+    return apply
+
+
+CHECKPOINT = "ckpt.pt: can not be used as a checkpoint: "
+SHORT_VOCABULARY = {"tokenizer": {"kind": "char", "chars": "abcde"}, "vocab_size": 5}
+DAMAGES = [
+    ("ckpt.pt", cut(0), CHECKPOINT),
+    ("ckpt.pt", cut(0.5), CHECKPOINT),
+    ("ckpt.pt", cut(0.9999), CHECKPOINT),
+    ("ckpt.pt", flip(0.3), "a checksum inside is wrong; take another copy of it"),
+    ("ckpt.pt", flip(0.6), "a checksum inside is wrong; take another copy of it"),
+    ("ckpt.pt", write(b"<html>"), CHECKPOINT),
+    ("ckpt.pt", write(pickle.dumps(Malicious())), CHECKPOINT),
+    ("ckpt.pt", edit(step=Malicious()), CHECKPOINT),
+    ("ckpt.pt", edit(format=2), "its format is 2, not 1"),
+    ("ckpt.pt", edit(model=None), CHECKPOINT + "'model'"),
+    ("ckpt.pt", edit(tokenizer=None), CHECKPOINT),
+    ("ckpt.pt", edit(model_config={"n_head": 3, "n_embd": 16}), CHECKPOINT),
+    ("ckpt.pt", edit(model_config={"unknown": 1}), CHECKPOINT),
+    (
+        "ckpt.pt",
+        edit(model_args={}, iter_num=3),
+        "it is nanoGPT's; run: python -m tools.import_nan",
+    ),
+    ("ckpt.pt", Path.unlink, "ckpt.pt: no such checkpoint; train first"),
+    ("meta.json", Path.unlink, "its ids are not GPT-2's; run a prepare script"),
+    ("meta.json", cut(0.5), "meta.json: "),
+    ("meta.json", write(b"\x80nonsense"), "meta.json: "),
+    ("meta.json", write(b"[" * 100_000), "meta.json: "),
+    ("meta.json", write(b"3"), "meta.json: "),
+    ("meta.json", edit(tokenizer=None), "meta.json: has no 'tokenizer'; run a prepare script"),
+    ("meta.json", edit(val_bytes=0), "a count is not positive"),
+    ("meta.json", edit(train_tokens="many"), "a count is not positive"),
+    ("meta.json", edit(train_tokens=True), "a count is not positive"),
+    ("meta.json", edit(sha256=[]), "tokenizer or sha256 is not an object"),
+    ("meta.json", edit(tokenizer={"kind": "char"}), "damaged tokenizer"),
+    ("meta.json", edit(train_tokens=3), "train.bin: has 12908 bytes, but meta.json says 6; run"),
+    ("meta.json", edit(**SHORT_VOCABULARY), "token id 17 is not in the vocabulary; run a prepare"),
+    ("train.bin", cut(0.5), "train.bin: has 6454 bytes, but meta.json says 12908"),
+    ("val.bin", write(b"1" * 1435), "val.bin: has 1435 bytes, but meta.json says 1436"),
+    ("val.bin", write(b"\x12\0" * 718), "val.bin: token id 18 is not in the vocabulary"),
+    ("train.bin", write(b"\x11\0" * 6454), "was made with train.bin="),
+    ("val.bin", Path.unlink, "val.bin"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), DAMAGES)
+def test_a_damaged_file_ends_a_run_in_one_line(tiny_run, name, damage, words):
+    run = tiny_run(max_iters=0)
+    damage({"ckpt.pt": run}.get(name, Path("data/tiny")) / name)
+    if words.startswith("was made"):  # the ids are those of other data: meta.json was made anew
+        edit(sha256={"train.bin": "0", "val.bin": "0"})(Path("data/tiny/meta.json"))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises((UserError, OSError)) as error:
+        tiny_run(init_from="resume")
+    assert words in one_line(error.value) and not Path("was-run").exists()
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+LINES = ["nonsense", "3", "null", "[]", "", "\udcff", '{"step": 7}', '{"step": "7", "loss": 1.0}']
+LINES += ['{"loss": 1.0}', '{"step": 1, "loss": 1.0, "val_loss": 1.0}']
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line[:30])
+def test_a_damaged_line_of_a_log_is_left_out_and_never_ends_a_run(tiny_run, line):
+    path = tiny_run(max_iters=4, eval_interval=4) / "log.jsonl"
+    good, lines = read_log(path), path.read_bytes().splitlines(keepends=True)
+    lines.insert(2, line.encode("utf-8", "surrogateescape") + b"\n")
+    path.write_bytes(b"".join(lines) + b'{"step": 1')  # and the last line was cut
+    assert read_log(path) == good
+    write_report(path.parent)
+    out_dir = tiny_run(init_from="resume", max_iters=6)
+    assert [r["step"] for r in logged(out_dir) if "loss" in r] == list(range(1, 7))
+
+
+places = st.floats(0, 1, exclude_max=True)  # as a part of the file's length
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "meta.json", "log.jsonl"])
+def test_a_file_that_is_cut_or_has_a_flipped_bit_is_refused_or_read(tiny_run, name):
+    run, folder = tiny_run(max_iters=1), Path("data/tiny")
+    path = {"meta.json": folder}.get(name, run) / name
+    read = {"ckpt.pt": load_checkpoint, "meta.json": lambda _: open_dataset(folder)}
+    original = path.read_bytes()
+
+    @given(st.sampled_from([cut, flip]), places)
+    def check(damage, place):
+        path.write_bytes(original)
+        damage(place)(path)
+        try:
+            read.get(name, read_log)(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+    check()
