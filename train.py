@@ -215,7 +215,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
     # The data
     meta, tokenizer, train_tokens, val_tokens = data.open_dataset(Path("data") / config.dataset)
-    state, note = find_start(config, meta, tokenizer, processes)
+    state = find_start(config, meta, tokenizer, processes)
     shape, T, first_step = state.shape, state.shape.block_size, state.step
     parts = data.eval_parts(train_tokens, val_tokens, T, config.eval_iters * config.batch_size)
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * T
@@ -228,7 +228,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     optimizers = make_optimizers(model, config, runtime.resolve_dtype("auto", device))
     if state.weights:
         model.load_state_dict(state.weights)
-    if state.optimizers:
+    if resumed := state.optimizers is not None:
         load_optimizers(optimizers, state.optimizers)
     if state.scaler and scaler.is_enabled():  # empty if dtype was not float16
         scaler.load_state_dict(state.scaler)
@@ -242,7 +242,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         return processes.say(f"step {first_step:,}: {words}")
 
     # The run
-    if processes.is_first and state.evaluated_step < 0:  # not resumed
+    if processes.is_first and not resumed:
         make_run_folder(out_dir)
     processes.say(
         f"{model.num_params():,} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
@@ -250,7 +250,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         f"{tokens_per_step:,} tokens per step, {steps_per_epoch:,.1f} steps per epoch, "
         f"{config.max_iters:,} steps = {config.max_iters / steps_per_epoch:.1f} epochs of "
         f"data/{config.dataset}\n{device} x {processes.count}, {runtime.dtype_name(dtype)}, "
-        f"{config.optimizer}{note}"
+        f"{config.optimizer}"
     )
     batches = partial(micro_batches, train_tokens, config, T, device)
     upcoming = batches(micros, first_step)
@@ -262,7 +262,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
     with runtime.catch_signals() as signals, log:
         for step in range(first_step, config.max_iters + 1):
             # `step` updates are done. Evaluate, write a sample, save, and end if it is time.
-            stop, improved = processes.any(bool(signals)), False
+            stop = processes.any(bool(signals))  # several processes stop together
+            improved = False
             due = step % config.eval_interval == 0 or step == config.max_iters
             due = due and step != state.evaluated_step and not stop
             if due:
@@ -319,11 +320,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
             overflow = not math.isfinite(grad_norm)
             if not math.isfinite(loss) or (overflow and scaler.get_scale() <= 1):
                 reason = why_not_finite(model, config, step, micros, batches, dtype, processes)
-                what = f"the loss is {loss:.4g} and the gradient norm {grad_norm:.4g}"
-                after = "the step was not taken, ckpt.pt is unchanged"
-                raise UserError(
-                    f"step {step}: {what}, at learning rate {lr:.3g}; {reason}; {after}"
-                )
+                what = f"the loss is {loss:.4g} and the gradient norm {grad_norm:.4g}, at learning "
+                what += f"rate {lr:.3g}; {reason}; the step was not taken"
+                raise UserError(f"step {step}: {what}, ckpt.pt is unchanged")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * lr / config.learning_rate

@@ -1,7 +1,7 @@
 # Phase 3: GPT-2 Small, 134,601,216 parameters, on 1.4 billion tokens of web text.
 #
 #     python prepare_openweb.py --size=12GB --dataset=openweb12
-#     python train.py config/phase3_gpt2.py --preflight
+#     python -m tools.preflight config/phase3_gpt2.py
 #     python train.py config/phase3_gpt2.py --init_from=auto
 #     torchrun --standalone --nproc_per_node=8 train.py config/phase3_gpt2.py --init_from=auto
 #

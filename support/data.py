@@ -136,6 +136,7 @@ def describe_nanogpt(folder: Path) -> dict:
     val_bytes = len(tokenizer.decode_bytes(val[val < tokenizer.end_of_text].tolist()))
     return {
         "tokenizer": tokenizer.to_dict(),
+        "vocab_size": tokenizer.vocab_size,
         "train_tokens": len(train),
         "val_tokens": len(val),
         "val_bytes": val_bytes,

@@ -45,11 +45,10 @@ class Processes:
             torch.cuda.set_device(self.device)
         elif self.device.type == "mps":  # no backend works with it
             self.device = torch.device("cpu")
-        has_nccl = self.device.type == "cuda" and dist.is_nccl_available()
-        if backend == "auto":
-            backend = "nccl" if has_nccl else "gloo"
-        if backend == "nccl" and not has_nccl:
-            raise UserError(f"backend=nccl does not work on {self.device} here; use --backend=gloo")
+        if self.device.type != "cuda" or not dist.is_nccl_available():
+            backend = "gloo"  # nccl needs a GPU of NVIDIA, and has no Windows build
+        elif backend == "auto":
+            backend = "nccl"
         options = {"device_id": self.device} if backend == "nccl" else {}
         if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("GROUP_WORLD_SIZE") == "1":
             # Restarted workers find the store of the attempt before, with the addresses of dead

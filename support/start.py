@@ -18,37 +18,32 @@ OWN = ("scratch", "resume", "auto")  # any other init_from is the name of a pret
 SHAPE = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]  # also options
 
 
-def find_start(
-    config, meta: dict, tokenizer: Tokenizer, processes: Processes
-) -> tuple[Checkpoint, str]:
-    """Return the state that a run starts with, and a line for the user or "".
+def find_start(config, meta: dict, tokenizer: Tokenizer, processes: Processes) -> Checkpoint:
+    """Return the state that a run starts with. If it has no weights, the run draws new ones.
 
-    Without weights, the run draws new ones. Raises UserError where config.init_from contradicts the
-    other options. A resumed run takes its shape from the checkpoint: an option with another value
-    is refused, unless that is its default: then probably nobody gave the option. A pretrained model
-    has its own shape whatever the options say, but the run may use a shorter context and its own
-    dropout.
+    A resumed run takes its shape from the checkpoint. An option with another value is refused,
+    unless that is its default: then probably nobody gave the option. A pretrained model has its own
+    shape whatever the options say, but the run may use a shorter context and its own dropout.
+    Raises UserError where config.init_from contradicts the other options.
     """
-    path, origin, line = Path(config.out_dir) / "ckpt.pt", config.init_from, ""
-    state = Checkpoint(None, {}, tokenizer.to_dict(), asdict(config), meta["sha256"])
+    path, origin = Path(config.out_dir) / "ckpt.pt", config.init_from
+    about = (tokenizer.to_dict(), asdict(config), meta["sha256"])
     if origin == "resume" or (origin == "auto" and path.exists()):
         before = load_checkpoint(path)
         check_resume(path, before, config, meta)
         shape = replace(before.shape, dropout=config.dropout)
-        options = state.train_config | {"init_from": before.train_config.get("init_from")}
-        line = changed_options(before.train_config, options)
+        first_origin = before.train_config.get("init_from", "scratch")
+        options = asdict(config) | {"init_from": first_origin}
         state = replace(before, shape=shape, train_config=options)
     elif origin in OWN:
         if 0 < config.pad_vocab_to < tokenizer.vocab_size:
-            few = f"below the {tokenizer.vocab_size} tokens of data/{config.dataset}"
-            raise UserError(
-                f"pad_vocab_to={config.pad_vocab_to} is {few}; raise it, or set it to 0"
-            )
+            few = f"pad_vocab_to={config.pad_vocab_to} is below the {tokenizer.vocab_size} tokens"
+            raise UserError(f"{few} of data/{config.dataset}; raise it, or set it to 0")
         options = {name: getattr(config, name) for name in SHAPE}
-        state = replace(state, shape=GPTConfig(tokenizer.vocab_size, **options))
+        state = Checkpoint(GPTConfig(tokenizer.vocab_size, **options), {}, *about)
     else:
         model, its_tokenizer = load_pretrained(origin)
-        if its_tokenizer.to_dict() != state.tokenizer:
+        if its_tokenizer.to_dict() != tokenizer.to_dict():
             raise UserError(
                 f"data/{config.dataset} was not made with the tokenizer of init_from={origin}; "
                 "prepare a data set with --tokenizer=gpt2 for OpenAI's models"
@@ -56,14 +51,14 @@ def find_start(
         T, weights = min(config.block_size, model.config.block_size), model.state_dict()
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
         shape = replace(model.config, block_size=T, dropout=config.dropout)
-        state = replace(state, shape=shape, weights=weights)
+        state = Checkpoint(shape, weights, *about)
     steps = sorted(set(processes.gather(str(state.step))))
     if len(steps) > 1:
         raise UserError(
             f"the processes start at different steps ({', '.join(steps)}); "
             f"out_dir={config.out_dir} must be a folder that all of them share"
         )
-    return state, line
+    return state
 
 
 def check_resume(path: Path, before: Checkpoint, config, meta: dict) -> None:
@@ -86,16 +81,6 @@ def check_resume(path: Path, before: Checkpoint, config, meta: dict) -> None:
                 f"{path} was made with {name}={there[name]} and this run has {name}={value}; "
                 "set it back to continue, or choose another out_dir for a new run"
             )
-
-
-def changed_options(before: dict, now: dict) -> str:
-    """Return a line about the options that differ between a checkpoint and now, or ""."""
-    changes = [
-        f"{name}: {before[name]} -> {value}"
-        for name, value in now.items()
-        if name not in {*SHAPE} - {"dropout"} and before.get(name, value) != value
-    ]
-    return f"\noptions that changed since the checkpoint: {', '.join(changes)}" * bool(changes)
 
 
 @contextmanager

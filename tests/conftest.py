@@ -72,7 +72,7 @@ def tiny_run(dataset):
 def before_update(monkeypatch):
     """A function: have runs call action(step, model, optimizers) when `step` updates are done."""
 
-    def patch(action, monkeypatch=monkeypatch) -> None:
+    def patch(action) -> None:
         parts, make_optimizers, learning_rate = [], train.make_optimizers, train.learning_rate
 
         def make_and_keep(model, *args):

@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import logged
-from hypothesis import given
-from hypothesis import strategies as st
 
-from support.checkpoint import load_checkpoint
-from support.data import open_dataset
 from support.log import read_log
 from support.pictures import write_report
 
@@ -60,15 +56,12 @@ SHORT_VOCABULARY = {"tokenizer": {"kind": "char", "chars": "abcde"}, "vocab_size
 DAMAGES = [
     ("ckpt.pt", cut(0), CHECKPOINT),
     ("ckpt.pt", cut(0.5), CHECKPOINT),
-    ("ckpt.pt", cut(0.9999), CHECKPOINT),
-    ("ckpt.pt", flip(0.3), "a checksum inside is wrong; take another copy of it"),
     ("ckpt.pt", flip(0.6), "a checksum inside is wrong; take another copy of it"),
     ("ckpt.pt", write(b"<html>"), CHECKPOINT),
     ("ckpt.pt", write(pickle.dumps(Malicious())), CHECKPOINT),
     ("ckpt.pt", edit(step=Malicious()), CHECKPOINT),
     ("ckpt.pt", edit(format=2), "its format is 2, not 1"),
     ("ckpt.pt", edit(model=None), CHECKPOINT + "'model'"),
-    ("ckpt.pt", edit(tokenizer=None), CHECKPOINT),
     ("ckpt.pt", edit(model_config={"n_head": 3, "n_embd": 16}), CHECKPOINT),
     ("ckpt.pt", edit(model_config={"unknown": 1}), CHECKPOINT),
     (
@@ -81,11 +74,9 @@ DAMAGES = [
     ("meta.json", cut(0.5), "meta.json: "),
     ("meta.json", write(b"\x80nonsense"), "meta.json: "),
     ("meta.json", write(b"[" * 100_000), "meta.json: "),
-    ("meta.json", write(b"3"), "meta.json: "),
     ("meta.json", edit(tokenizer=None), "meta.json: has no 'tokenizer'; run a prepare script"),
     ("meta.json", edit(val_bytes=0), "a count is not positive"),
     ("meta.json", edit(train_tokens="many"), "a count is not positive"),
-    ("meta.json", edit(train_tokens=True), "a count is not positive"),
     ("meta.json", edit(sha256=[]), "tokenizer or sha256 is not an object"),
     ("meta.json", edit(tokenizer={"kind": "char"}), "damaged tokenizer"),
     ("meta.json", edit(train_tokens=3), "train.bin: has 12908 bytes, but meta.json says 6; run"),
@@ -93,7 +84,6 @@ DAMAGES = [
     ("train.bin", cut(0.5), "train.bin: has 6454 bytes, but meta.json says 12908"),
     ("val.bin", write(b"1" * 1435), "val.bin: has 1435 bytes, but meta.json says 1436"),
     ("val.bin", write(b"\x12\0" * 718), "val.bin: token id 18 is not in the vocabulary"),
-    ("train.bin", write(b"\x11\0" * 6454), "was made with train.bin="),
     ("val.bin", Path.unlink, "val.bin"),
 ]
 
@@ -102,8 +92,6 @@ DAMAGES = [
 def test_a_damaged_file_ends_a_run_in_one_line(tiny_run, name, damage, words):
     run = tiny_run(max_iters=0)
     damage({"ckpt.pt": run}.get(name, Path("data/tiny")) / name)
-    if words.startswith("was made"):  # the ids are those of other data: meta.json was made anew
-        edit(sha256={"train.bin": "0", "val.bin": "0"})(Path("data/tiny/meta.json"))
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with pytest.raises((UserError, OSError)) as error:
         tiny_run(init_from="resume")
@@ -112,7 +100,7 @@ def test_a_damaged_file_ends_a_run_in_one_line(tiny_run, name, damage, words):
 
 
 LINES = ["nonsense", "3", "null", "[]", "", "\udcff", '{"step": 7}', '{"step": "7", "loss": 1.0}']
-LINES += ['{"loss": 1.0}', '{"step": 1, "loss": 1.0, "val_loss": 1.0}']
+LINES += ['{"loss": 1.0}']
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[:30])
@@ -125,25 +113,3 @@ def test_a_damaged_line_of_a_log_is_left_out_and_never_ends_a_run(tiny_run, line
     write_report(path.parent)
     out_dir = tiny_run(init_from="resume", max_iters=6)
     assert [r["step"] for r in logged(out_dir) if "loss" in r] == list(range(1, 7))
-
-
-places = st.floats(0, 1, exclude_max=True)  # as a part of the file's length
-
-
-@pytest.mark.parametrize("name", ["ckpt.pt", "meta.json", "log.jsonl"])
-def test_a_file_that_is_cut_or_has_a_flipped_bit_is_refused_or_read(tiny_run, name):
-    run, folder = tiny_run(max_iters=1), Path("data/tiny")
-    path = {"meta.json": folder}.get(name, run) / name
-    read = {"ckpt.pt": load_checkpoint, "meta.json": lambda _: open_dataset(folder)}
-    original = path.read_bytes()
-
-    @given(st.sampled_from([cut, flip]), places)
-    def check(damage, place):
-        path.write_bytes(original)
-        damage(place)(path)
-        try:
-            read.get(name, read_log)(path)
-        except UserError as error:
-            assert "\n" not in str(error)
-
-    check()

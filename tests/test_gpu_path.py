@@ -63,9 +63,6 @@ def test_a_batch_that_stays_on_the_cpu_is_noticed(meta_run, monkeypatch):
         meta_run()
 
 
-# Several processes
-
-
 def test_a_compiled_model_exchanges_gradients_while_the_backward_pass_runs(tiny_run, monkeypatch):
     """DistributedDataParallel splits the graph only if it is inside torch.compile."""
     shape = {"n_layer": 3, "n_embd": 128, "dtype": "float32", "max_iters": 3}
@@ -93,9 +90,6 @@ def test_a_compiled_model_exchanges_gradients_while_the_backward_pass_runs(tiny_
     assert not dist.is_initialized()
     for a, b in zip(plain, compiled, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
-
-
-# Precision
 
 
 def test_auto_asks_about_the_device_that_is_used(monkeypatch):
@@ -137,9 +131,6 @@ def test_generation_never_uses_cudnn_attention(monkeypatch):
     list(small.generate(torch.zeros(1, 2, dtype=torch.int64), 4))
     assert allowed == [False] * 3  # the prompt of two tokens takes the CPU's own path
     assert torch.backends.cuda.cudnn_sdp_enabled()
-
-
-# Operations
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])

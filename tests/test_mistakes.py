@@ -13,9 +13,6 @@ import train
 
 OPTIONS = [  # refused before anything is read; exit code 2
     ("train.py --batch_size=0", "batch_size=0 must be at least 1"),
-    ("train.py --block_size=0", "block_size=0 must be at least 1"),
-    ("train.py --n_layer=0", "n_layer=0 must be at least 1"),
-    ("train.py --eval_interval=0", "eval_interval=0 must be at least 1"),
     ("train.py --log_interval=0", "log_interval=0 must be at least 1"),
     (
         "train.py --gradient_accumulation_steps=0",
@@ -23,7 +20,6 @@ OPTIONS = [  # refused before anything is read; exit code 2
     ),
     ("train.py --max_iters=-1", "max_iters=-1 must be at least 0"),
     ("train.py --dropout=1", "dropout=1.0 must be at least 0"),
-    ("train.py --weight_decay=-0.1", "weight_decay=-0.1 must be at least 0"),
     ("train.py --learning_rate=0", "learning_rate=0.0 must be at least 1e-12"),
     ("train.py --beta2=1", "beta2=1.0 must be at least 0"),
     ("train.py --muon_momentum=1", "muon_momentum=1.0 must be at least 0"),
@@ -34,11 +30,9 @@ OPTIONS = [  # refused before anything is read; exit code 2
     ("train.py --dtype=int8", "dtype is 'int8' but must be 'auto' or 'float32' or"),
     ("train.py --nlayer=3", "there is no option 'nlayer'; did you mean 'n_layer'?"),
     ("sample.py --num_samples=0", "num_samples=0 must be at least 1"),
-    ("sample.py --max_new_tokens=0", "max_new_tokens=0 must be at least 1"),
     ("sample.py --temperature=-1", "temperature=-1.0 must be at least 0"),
     ("sample.py --top_k=0", "top_k=0 must be at least 1"),
     ("sample.py --top_p=0", "top_p=0.0 must be at least 1e-12"),
-    ("sample.py --top_p=1.5", "top_p=1.5 must be at least 1e-12"),
     ("sample.py --seed=-1", "seed=-1 must be at least 0"),
     ("sample.py --temperature=0 --num_samples=2", "temperature=0 writes one text; num_samples=2"),
 ]
@@ -48,7 +42,6 @@ RUNS = [  # refused when the files or the device are looked at; exit code 1
     ("train.py --sample_interval=6 --sample_start=ROMEO", "character 'R' at position 0 is not one"),
     ("train.py --pad_vocab_to=10", "pad_vocab_to=10 is below the 18 tokens of data/tiny; raise it"),
     ("train.py --block_size=5000", "val.bin: 718 tokens are too few for block_size=5000"),
-    ("train.py --device=cuda:99", "device=cuda:99: torch finds"),
     ("train.py --device=gpu", "device=gpu is not a device; use auto, cpu, cuda"),
     ("sample.py --start=", "start is empty"),
     ("sample.py --start=Zeus", "'Zeus': character 'Z' at position 0 is not one of the 18"),

@@ -21,7 +21,6 @@ from model import GPT
 from support import data
 from support.checkpoint import build_model, load_checkpoint
 from support.log import shorten
-from support.processes import Processes
 
 CPU = torch.device("cpu")
 SAVE_ALWAYS = {"checkpoint_interval": 1e-9}  # seconds: after every update
@@ -37,18 +36,6 @@ def test_one_seed_gives_the_same_bits_and_another_seed_does_not(tiny_run):
     assert not torch.equal(weights(a)["lm_head.weight"], weights(c)["lm_head.weight"])
 
 
-@pytest.mark.slow  # compiles twice
-def test_two_compiled_runs_on_two_threads_end_with_the_same_bits(tiny_run):
-    """Large enough for the threads to share the sum over the embeddings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        size = {"batch_size": 32, "block_size": 64, "n_embd": 64, "compile": True}
-        assert_same_run(*(tiny_run(out_dir=f"out/{i}", **size) for i in range(2)))
-    finally:
-        torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(
     "changed",
     [
@@ -56,9 +43,7 @@ def test_two_compiled_runs_on_two_threads_end_with_the_same_bits(tiny_run):
         {"dtype": "bfloat16", "dropout": 0.2},
         {"optimizer": "muon", "dropout": 0.2},
         {"dtype": "float16", "optimizer": "muon"},
-        pytest.param(
-            {"compile": True, "dropout": 0.2, "dtype": "bfloat16"}, marks=pytest.mark.slow
-        ),
+        pytest.param({"compile": True, "dropout": 0.2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -153,24 +138,16 @@ def test_dropout_depends_on_seed_step_and_forward_pass_alone():
 def test_losses_are_those_of_transformers_over_every_token(tiny_run, dataset):
     out_dir = tiny_run(dtype="float32", dropout=0.5)
     checkpoint = load_checkpoint(out_dir / "ckpt.pt")
-    model = build_model(checkpoint.shape, checkpoint.weights)
-    theirs, tokens = reference(model), data.Tokens(dataset / "val.bin")
-    ids = torch.from_numpy(tokens.open().astype(np.int64))
-    total, losses = 0.0, []
+    theirs = reference(build_model(checkpoint.shape, checkpoint.weights))
+    ids = torch.from_numpy(np.fromfile(dataset / "val.bin", "<u2").astype(np.int64))
+    total = 0.0
     for start in range(0, len(ids) - 1, 16):
         window = ids[start : start + 17]
         logits = theirs(window[None, :-1]).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
-        total += losses[-1] * (len(window) - 1)
+        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
     evaluations = [r for r in logged(out_dir) if "val_loss" in r]
     assert [r["step"] for r in evaluations] == [0, 6, 12]
     assert evaluations[-1]["val_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
-    windows = np.arange(0, len(ids) - 1, 16)
-    parts = [(tokens, windows), (tokens, windows[:3])]
-    model.train()  # dropout would change the losses
-    found = train.evaluate(model, parts, 4, Processes("cpu"), torch.autocast("cpu", enabled=False))
-    assert found == pytest.approx([total / (len(ids) - 1), sum(losses[:3]) / 3], rel=1e-5)
-    assert model.training
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
@@ -179,12 +156,11 @@ def test_learning_rate_is_that_of_torchs_schedulers(shape):
     config = train.TrainConfig(learning_rate=0.5, min_lr=0.1, lr_schedule=shape, **steps)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
     lrs = torch.optim.lr_scheduler
-    decay = {
-        "cosine": lambda: lrs.CosineAnnealingLR(optimizer, T_max=30, eta_min=0.1),
-        "linear": lambda: lrs.LinearLR(optimizer, 1.0, end_factor=0.2, total_iters=30),
-    }
     warmup = lrs.LinearLR(optimizer, start_factor=1 / 11, total_iters=10)
-    scheduler = lrs.SequentialLR(optimizer, [warmup, decay[shape]()], milestones=[10])
+    decay = lrs.LinearLR(optimizer, 1.0, end_factor=0.2, total_iters=30)
+    if shape == "cosine":
+        decay = lrs.CosineAnnealingLR(optimizer, T_max=30, eta_min=0.1)
+    scheduler = lrs.SequentialLR(optimizer, [warmup, decay], milestones=[10])
     for step in range(41):
         assert train.learning_rate(step, config) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -207,11 +183,12 @@ def test_a_run_learns(tiny_run, optimizer):
     assert losses[-1] < 1.7
 
 
-def test_float32_and_bfloat16_runs_agree(tiny_run):
-    full, half = (logged(tiny_run(dtype=dtype)) for dtype in ("float32", "bfloat16"))
-    for a, b in zip(full, half, strict=True):
-        assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=1e-2)
-    assert full != half
+def test_float32_bfloat16_and_float16_runs_agree(tiny_run):
+    full, *others = (logged(tiny_run(dtype=kind)) for kind in ("float32", "bfloat16", "float16"))
+    for other in others:
+        for a, b in zip(full, other, strict=True):
+            assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=1e-2)
+        assert full != other
 
 
 # What a run writes
@@ -223,7 +200,7 @@ def test_a_run_leaves_its_log_samples_picture_and_checkpoints(tiny_run, capsys):
     assert {path.name for path in out_dir.iterdir()} == names
     records = logged(out_dir)
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
-    # 2,820 characters of 16 x 8 tokens: 45.99 steps per epoch
+    # a step has 2 x 4 x 16 tokens
     assert records[-1]["epoch"] == pytest.approx(12 * 128 / int(0.9 * len(TEXT)))
     samples = [r["sample"] for r in records if "sample" in r]
     assert len(samples) == 2 and all(s.startswith("3 times") and len(s) == 27 for s in samples)
@@ -258,11 +235,13 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(tiny_run, monkeypatc
 
 
 def test_target_val_loss_ends_the_run_and_it_is_over_when_started_again(tiny_run):
-    records = logged(tiny_run(eval_interval=2, target_val_loss=2.8))
-    losses = [r["val_loss"] for r in records if "val_loss" in r]
+    options = {"eval_interval": 2, "target_val_loss": 2.8}
+    out_dir = tiny_run(**options)
+    losses = [r["val_loss"] for r in logged(out_dir) if "val_loss" in r]
     assert len(losses) < 7 and losses[-1] <= 2.8 < losses[-2]
-    again = logged(tiny_run(eval_interval=2, target_val_loss=2.8, init_from="auto"))
-    assert again == records
+    before = (out_dir / "log.jsonl").read_bytes()
+    tiny_run(**options, init_from="auto")
+    assert (out_dir / "log.jsonl").read_bytes() == before  # not even evaluated again
 
 
 def test_eval_only_prints_the_losses_and_writes_nothing(tiny_run, capsys):
@@ -278,33 +257,31 @@ def test_eval_only_prints_the_losses_and_writes_nothing(tiny_run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("interval", "steps"),
-    [(200, [0, 25, 50, 100, 200, 220]), (80, [0, 25, 50, 80, 100, 160, 220]), (0, [])],
+    ("interval", "steps"), [(80, [0, 25, 50, 80, 100, 160, 165]), (400, [0, 25, 50, 100, 165])]
 )
 def test_samples_come_early_at_their_interval_and_at_the_end(tiny_run, interval, steps):
     changed = {"sample_interval": interval, "sample_start": "1", "sample_tokens": 2}
     size = {"n_layer": 1, "batch_size": 1, "gradient_accumulation_steps": 1}
-    run = {"max_iters": 220, "eval_interval": 215, "eval_iters": 1, "log_interval": 220}
+    run = {"max_iters": 165, "eval_interval": 161, "eval_iters": 1, "log_interval": 165}
     records = logged(tiny_run(**changed, **size, **run))
     assert [r["step"] for r in records if "sample" in r] == steps
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+@pytest.mark.parametrize("stop", [0, 1, 3])
 def test_a_resumed_run_has_the_log_of_one_that_was_not_interrupted(tiny_run, before_update, stop):
     """The checkpoint is from after step `stop`, and the log goes on for two steps after that."""
     options = {"sample_interval": 3, "sample_start": "1", "sample_tokens": 4, "eval_interval": 3}
     whole = tiny_run(**options, max_iters=6, out_dir="out/whole")
     killed, content = Path("out/tiny/ckpt.pt"), []
 
-    def kill(step, *_):
-        content.append(killed.read_bytes())  # of the checkpoint after `step` updates
-        if step == stop + 2 or step == 5:
+    def kill_once(*_):
+        content.append(killed.read_bytes())  # of the checkpoints after 0, 1, 2 ... updates
+        if len(content) == stop + 3:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        before_update(kill, patch)
-        with pytest.raises(KeyboardInterrupt):
-            tiny_run(**options, max_iters=6, **SAVE_ALWAYS)
+    before_update(kill_once)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(**options, max_iters=6, **SAVE_ALWAYS)
     killed.write_bytes(content[stop])
     assert_same_run(tiny_run(**options, max_iters=6, init_from="resume"), whole)
 
@@ -323,22 +300,6 @@ def test_checkpoints_between_evaluations_limit_what_a_kill_can_cost(tiny_run, mo
     losses_of(monkeypatch, 3.0, 4.0, 5.0)
     tiny_run(checkpoint_interval=0, out_dir="out/other")
     assert saved == [*first, ("ckpt.pt", 6), ("ckpt.pt", 12)]
-
-
-def test_an_evaluation_that_was_logged_but_not_saved_is_logged_once(tiny_run, monkeypatch):
-    """A kill between best.pt and ckpt.pt of the same step."""
-    whole, save_checkpoint = tiny_run(out_dir="out/whole"), train.save_checkpoint
-
-    def save_or_stop(path, checkpoint):
-        if path.name == "ckpt.pt" and checkpoint.step == 6:
-            raise KeyboardInterrupt
-        save_checkpoint(path, checkpoint)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_checkpoint", save_or_stop)
-        tiny_run(**SAVE_ALWAYS)
-    assert load_checkpoint(Path("out/tiny/best.pt")).step == 6
-    assert_same_run(tiny_run(init_from="auto"), whole)
 
 
 # How a run ends
@@ -436,7 +397,7 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_and_nothing_has_chan
 
 @pytest.mark.parametrize("name", ["wpe", "h.0.mlp.c_fc"])
 def test_an_overflow_in_float16_skips_the_step_of_every_optimizer_and_lowers_the_scale(
-    tiny_run, before_update, name
+    tiny_run, before_update, monkeypatch, name
 ):
     """AdamW has the positions and Muon the matrix of the MLP."""
     states, hooks = [], []
@@ -449,6 +410,7 @@ def test_an_overflow_in_float16_skips_the_step_of_every_optimizer_and_lowers_the
         if step == 4:
             hooks[0].remove()
 
+    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", None)  # it would wait for a GPU
     before_update(overflow_in_step_3)
     out_dir = tiny_run(dtype="float16", optimizer="muon")
     norms = [r["grad_norm"] for r in logged(out_dir) if "loss" in r]

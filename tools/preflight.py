@@ -16,7 +16,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -42,11 +41,8 @@ class PreflightConfig(TrainConfig):
     dollars_per_hour: float = 0.0  # price of one GPU or machine; 0: unknown
 
 
-# Each check yields its name, whether the run is sound, and what it measured.
-
-
 def check_data(tokens: list, sha256: dict, batches: list, decode: Callable) -> Iterator:
-    """Yield the checks of train.bin and val.bin, and of the first and the last batch."""
+    """Yield a name, whether it is sound, and what was measured, for files and two batches."""
     # The target of a token is the next token. The token itself could simply be copied.
     (x, y), (last_x, _) = batches
     right = (y[:, :-1] == x[:, 1:]).float().mean().item()
@@ -76,7 +72,7 @@ def check_data(tokens: list, sha256: dict, batches: list, decode: Callable) -> I
 
 
 def check_model(model: GPT, x: Tensor, y: Tensor, dtype: torch.dtype, out_dir: Path) -> Iterator:
-    """Yield the checks of a model in eval mode, on a few tokens (B, T). Changes the weights."""
+    """Yield the same for a model in eval mode and a few tokens (B, T). Changes the weights."""
     # ckpt.pt has up to three times the weights, best.pt once; old files stay until new are whole.
     needed, free = 8 * sum(p.nbytes for p in model.parameters()), free_bytes(out_dir)
     measured = f"the run needs {needed / 1e9:,.2f} GB of {free / 1e9:,.2f} GB free"
@@ -147,13 +143,15 @@ def print_bill(config, model: GPT, draw: Callable, n_train: int, processes) -> N
     flops, per_step = model.flops_per_token(T), n_passes * config.batch_size * T
     seconds = n_passes * one_pass + update
     speed, tokens, n_params = per_step / seconds, steps * per_step, model.num_params()
-    memory, is_gpu = psutil.Process().memory_info().rss, device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated(device) if is_gpu else memory
+    is_gpu, memory = device.type == "cuda", 0
+    if is_gpu:
+        memory = torch.cuda.max_memory_allocated(device)
+        print(f"{memory / 1e9:,.2f} GB of the GPU's memory")
     print(
         f"{n_params:,} parameters; {tokens:,} tokens in {steps:,} steps of {per_step:,}: "
         f"{tokens / n_train:.2f} epochs, {tokens / n_params:.1f} tokens per parameter\n"
-        f"{seconds:.3f} s per step, {speed:,.0f} tokens/s, {flops * speed / 1e9:,.0f} GFLOPS, "
-        f"{memory / 1e9:,.2f} GB of memory; {flops * tokens:.3g} operations in the whole run"
+        f"{seconds:.3f} s per step, {speed:,.0f} tokens/s, {flops * speed / 1e9:,.0f} GFLOPS; "
+        f"{flops * tokens:.3g} operations in the whole run"
     )
     machines = {"this machine, measured without evaluations": flops * speed}
     for name, peak in PEAKS.items():  # a good trainer of a large model reaches 40%
@@ -177,11 +175,16 @@ def main(config: PreflightConfig) -> None:
     print(f"checking data/{config.dataset} ...", flush=True)
     if config.init_from in OWN:
         config = replace(config, init_from="scratch")  # never resume
-    processes = Processes(config.device)
+    with runtime.explain_out_of_memory(config.batch_size, config.gradient_accumulation_steps):
+        check_run(config, Processes(config.device))
+
+
+def check_run(config: PreflightConfig, processes: Processes) -> None:
+    """Start as train.py does, run the checks, and print the bill."""
     device, dtype = processes.device, runtime.resolve_dtype(config.dtype, processes.device)
     runtime.set_up(device, config.deterministic)
     meta, tokenizer, *tokens = open_dataset(Path("data") / config.dataset)
-    state, _ = find_start(config, meta, tokenizer, processes)
+    state = find_start(config, meta, tokenizer, processes)
     eval_parts(*tokens, state.shape.block_size, 0)  # raises UserError if a file is too short
     tokenizer.encode(config.sample_start if config.sample_interval else "")
     torch.manual_seed(config.seed)
@@ -196,14 +199,13 @@ def main(config: PreflightConfig) -> None:
     x, y = (ids[:16, :64] for ids in batches[0])  # few tokens need little memory
     data_checks = check_data(tokens, meta["sha256"], batches, tokenizer.decode)
     model_checks = check_model(model, x, y, dtype, Path(config.out_dir))
-    with runtime.explain_out_of_memory(config.batch_size, config.gradient_accumulation_steps):
-        for name, ok, measured in itertools.chain(data_checks, model_checks):
-            print(f"{'ok  ' if ok else 'FAIL'} {name}: {measured}", flush=True)
-            failed += [name] * (not ok)
-        if failed:
-            failures = " and ".join(failed)
-            raise UserError(f"preflight: {failures} failed; correct this before a long run")
-        print_bill(config, model.train(), draw, len(tokens[0]), processes)
+    for name, ok, measured in itertools.chain(data_checks, model_checks):
+        print(f"{'ok  ' if ok else 'FAIL'} {name}: {measured}", flush=True)
+        failed += [name] * (not ok)
+    if failed:
+        names = " and ".join(failed)
+        raise UserError(f"preflight: {names} failed; correct this before a long run")
+    print_bill(config, model.train(), draw, len(tokens[0]), processes)
 
 
 if __name__ == "__main__":

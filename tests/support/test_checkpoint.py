@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import sample
-import train
 from model import GPT, GPTConfig
 from support.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 
@@ -96,24 +95,3 @@ def test_weights_alone_can_not_be_resumed_but_sampled(tiny_run, capsys):
     capsys.readouterr()
     sample.main(sample.SampleConfig(out_dir=str(out_dir), start="3", max_new_tokens=4))
     assert len(capsys.readouterr().out) == 6
-
-
-def test_a_pretrained_or_resumed_run_does_not_keep_what_it_loaded(tiny_run, before_update):
-    """A checkpoint is three times as large as its model."""
-    tiny_run(max_iters=1)
-    alive, load = [], train.find_start
-
-    def find_and_watch(*args):
-        state, line = load(*args)
-        alive.append(
-            torch.multiprocessing.reductions.StorageWeakRef(
-                state.weights["lm_head.weight"].untyped_storage()
-            )
-        )
-        return state, line
-
-    before_update(lambda *_: alive.append(alive[0].expired()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "find_start", find_and_watch)
-        tiny_run(init_from="resume", max_iters=2)
-    assert alive[1:] == [True]

@@ -1,7 +1,5 @@
 """Muon against torch's own, and which optimizer gets which parameters."""
 
-import copy
-
 import pytest
 import torch
 
@@ -99,32 +97,17 @@ def test_the_rates_of_a_run_rise_and_fall_together(tiny_run, before_update, name
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_loaded_optimizers_go_on_with_their_moments_but_with_this_runs_rates(name):
-    torch.manual_seed(0)
-    x = torch.randint(9, (2, 8))
-    config = TrainConfig(optimizer=name, **RATES)
-    model, new = small_model(), small_model()
-
-    def step(model, optimizers) -> None:
-        model(x, x)[1].backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    optimizers = make_optimizers(model, config, torch.float32)
-    step(model, optimizers)
-    new.load_state_dict(model.state_dict())
-    saved = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
-    loaded = make_optimizers(new, config, torch.float32)
-    load_optimizers(loaded, saved)
-    for a, b in zip(optimizers, loaded, strict=True):
-        torch.testing.assert_close(b.state_dict(), a.state_dict(), rtol=0, atol=0)
-    step(model, optimizers)
-    step(new, loaded)
-    assert all(map(torch.equal, model.parameters(), new.parameters()))
+    model, batch = small_model(), torch.randint(9, (2, 8))
+    optimizers = make_optimizers(model, TrainConfig(optimizer=name), torch.float32)
+    model(batch, batch)[1].backward()
+    for optimizer in optimizers:
+        optimizer.step()
     other = TrainConfig(optimizer=name, learning_rate=0.2, muon_lr=0.2, weight_decay=0.0)
-    loaded = make_optimizers(new, other, torch.float32)
-    load_optimizers(loaded, saved)
+    loaded = make_optimizers(model, other, torch.float32)
+    load_optimizers(loaded, [optimizer.state_dict() for optimizer in optimizers])
+    for a, b in zip(optimizers, loaded, strict=True):
+        torch.testing.assert_close(dict(b.state), dict(a.state), rtol=0, atol=0)
     groups = [group for optimizer in loaded for group in optimizer.param_groups]
     assert all((g["lr"], g["initial_lr"], g["weight_decay"]) == (0.2, 0.2, 0.0) for g in groups)
     with pytest.raises(ValueError):
-        load_optimizers(loaded, saved[:-1])
+        load_optimizers(loaded, [])

@@ -29,12 +29,11 @@ def nanogpt(**changed) -> tuple[GPT, torch.optim.Optimizer, dict]:
     vectors = {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], lr=1e-3, betas=(0.9, 0.95))
     for _ in range(5):
-        idx = torch.randint(18, (2, 16))
-        model(idx, idx)[1].backward()
+        model(*torch.randint(18, (2, 2, 16)))[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    theirs = {"model": {name: w.clone() for name, w in model.state_dict().items()}}
-    theirs |= {"optimizer": optimizer.state_dict(), "model_args": arguments, "iter_num": 5}
+    theirs = {"model": {name: w.clone() for name, w in model.state_dict().items()}, "iter_num": 5}
+    theirs |= {"optimizer": optimizer.state_dict(), "model_args": arguments}
     theirs |= {"best_val_loss": torch.tensor(2.5), "config": {"dataset": "tiny", **SHAPE}}
     return model, optimizer, theirs
 
@@ -79,8 +78,8 @@ def test_a_padded_vocabulary_resumes_on_nanogpts_own_token_files(tiny_run, monke
     for name in ("train.bin", "val.bin"):
         np.array([97, 98, 50256] * 100, dtype=np.uint16).tofile(f"data/theirs/{name}")
     ours = load_checkpoint(imported(nanogpt(vocab_size=50304)[2]))
-    assert ours.shape == GPTConfig(50257, 50304, **SHAPE, gelu="exact")
-    assert ours.tokenizer == gpt2.to_dict()
+    expected = GPTConfig(50257, 50304, **SHAPE, gelu="exact"), gpt2.to_dict()
+    assert (ours.shape, ours.tokenizer) == expected
     tiny_run(init_from="resume", dataset="theirs", max_iters=6, eval_iters=1)
 
 
@@ -95,8 +94,7 @@ def test_a_padded_vocabulary_resumes_on_nanogpts_own_token_files(tiny_run, monke
     ],
 )
 def test_what_can_not_be_imported_ends_in_one_line_and_writes_nothing(dataset, words, damage):
-    theirs, path = nanogpt()[2], Path("theirs.pt")
-    part = damage(theirs)
+    part, path = damage(theirs := nanogpt()[2]), Path("theirs.pt")
     torch.save(theirs, path)
     if words == "checksum":
         path.write_bytes(path.read_bytes().replace(part, bytes(len(part))))
