@@ -27,7 +27,7 @@ FLOORS = {  # what the files of a floor may import of this project
     "configurator": set(),
     "support": {"model", "configurator", "support"},
     "script": {"model", "configurator", "support"},
-    "tools": {"model", "configurator", "support", "script"},
+    "tools": {"model", "configurator", "support", "script", "tools"},
 }
 # packages that are optional or slow to load: a function may import them
 LATE = "huggingface_hub matplotlib rustbpe tokenizers torch.utils.tensorboard transformers wandb"

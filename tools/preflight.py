@@ -68,7 +68,7 @@ def check_data(tokens: list, sha256: dict, batches: list, decode: Callable) -> I
     paths = {each.path.name: each.path for each in tokens}
     changed = [name for name in sha256 if file_sha256(paths[name]) != sha256[name]]
     changed += [t.path.name for t in tokens if len(t.open()) != len(t)]  # read as another type
-    yield "files", not changed, f"{' and '.join(changed) or 'none'} differs from meta.json"
+    yield "files", not changed, f"different from meta.json: {' and '.join(changed) or 'none'}"
 
 
 def check_model(model: GPT, x: Tensor, y: Tensor, dtype: torch.dtype, out_dir: Path) -> Iterator:

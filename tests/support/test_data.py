@@ -66,7 +66,7 @@ def test_an_evaluation_sees_every_validation_token_but_the_first_as_a_target_onc
     x, y = gather(val, val_offsets, T)
     assert np.array_equal(y[y >= 0], val.open()[1:])
     assert np.array_equal(x[y >= 0], val.open()[:-1])
-    assert (y[y < 0] == -1).all()
+    assert (y[y < 0] == -1).all() and (y >= 0).any(axis=1).all()  # no sequence is without targets
 
 
 def test_a_limited_evaluation_is_spread_over_both_files(dataset):
