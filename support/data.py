@@ -114,7 +114,7 @@ def read_meta(path: Path) -> dict:
         raise UserError(f"{path}: no such file; {PREPARE}" + f"; data has {found}" * bool(found))
     try:
         meta = json.loads(path.read_bytes())
-        counts = [meta[key] for key in ("train_tokens", "val_tokens", "val_bytes")]
+        counts = [meta[key] for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes")]
         assert all(type(count) is int and count > 0 for count in counts), "a count is not positive"
         dicts = (meta["tokenizer"], meta["sha256"])
         assert all(isinstance(d, dict) for d in dicts), "tokenizer or sha256 is not an object"

@@ -8,7 +8,6 @@ and lm-evaluation-harness. The second has a checkpoint for sample.py without the
 which is more than half of a checkpoint.
 """
 
-import os
 from configurator import UserError, configure, one_line, run
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,9 +70,6 @@ def write_folder(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
             new = Path(temporary) / "new"  # with the usual permissions
             theirs.save_pretrained(new)
             their_tokenizer.save_pretrained(new)
-            for path in new.iterdir():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
             if folder.exists():
                 folder.rmdir()  # empty
             files.replace(new, folder)

@@ -143,10 +143,8 @@ def print_bill(config, model: GPT, draw: Callable, n_train: int, processes) -> N
     flops, per_step = model.flops_per_token(T), n_passes * config.batch_size * T
     seconds = n_passes * one_pass + update
     speed, tokens, n_params = per_step / seconds, steps * per_step, model.num_params()
-    is_gpu, memory = device.type == "cuda", 0
-    if is_gpu:
-        memory = torch.cuda.max_memory_allocated(device)
-        print(f"{memory / 1e9:,.2f} GB of the GPU's memory")
+    if device.type == "cuda":
+        print(f"{torch.cuda.max_memory_allocated(device) / 1e9:,.2f} GB of the GPU's memory")
     print(
         f"{n_params:,} parameters; {tokens:,} tokens in {steps:,} steps of {per_step:,}: "
         f"{tokens / n_train:.2f} epochs, {tokens / n_params:.1f} tokens per parameter\n"
@@ -164,8 +162,6 @@ def print_bill(config, model: GPT, draw: Callable, n_train: int, processes) -> N
         print(f"warning: {runtime.dtype_name(best)} is faster on this device; use --dtype=auto")
     if drawing > 0.05 * one_pass:
         print(f"warning: batches take {drawing / one_pass:.0%} of the time")
-    if is_gpu and n_passes % 2 == 0 and memory < 0.45 * torch.cuda.mem_get_info(device)[1]:
-        print("warning: twice the batch_size and half the gradient_accumulation_steps is faster")
 
 
 def main(config: PreflightConfig) -> None:

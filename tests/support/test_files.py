@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import threading
 from configurator import UserError
 
 import pytest
@@ -43,21 +42,9 @@ def test_the_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatc
 
 def test_what_a_killed_process_left_does_no_harm(tmp_path):
     (tmp_path / "file.tmp").write_bytes(b"half of a file that is longer than the next one")
-    (tmp_path / ".file.lock").touch()
     write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert os.name == "nt" or [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_two_writers_of_one_file_never_mix_their_bytes(tmp_path):
-    path, written = tmp_path / "file", threading.Event()
-    second = threading.Thread(target=lambda: (write(path, b"second"), written.set()))
-    with atomic_write(path) as file:
-        second.start()
-        assert not written.wait(0.3)  # it waits until the first is done
-        file.write(b"first and longer")
-    second.join(timeout=60)
-    assert path.read_bytes() == b"second"
 
 
 def test_two_processes_never_hold_one_folder(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import socket
 import sys
+import types
 from configurator import UserError
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import huggingface_hub
 import pytest
 import tokenizers
 import torch
-import transformers
 from conftest import TEXT
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -150,7 +150,8 @@ def assert_refused(name: str, words: str) -> None:
 def test_an_unknown_name_and_a_missing_package_are_one_line(folder, monkeypatch):
     assert_refused("gpt3", "no such folder or model; use gpt2, gpt2-medium")
     assert_refused("a/b/c", "'a/b/c'")  # the library's own check
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    old = types.SimpleNamespace(__version__="4.57.1")
+    monkeypatch.setitem(sys.modules, "transformers", old)
     with pytest.raises(UserError, match=r"^transformers 4\.57\.1 is too old; run: pip install -U"):
         load_pretrained("theirs")
     monkeypatch.setitem(sys.modules, "transformers", None)

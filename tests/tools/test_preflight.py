@@ -173,9 +173,6 @@ def test_the_bill_counts_tokens_operations_seconds_and_money(bill, monkeypatch):
     assert re.findall("peak: (.*)", text) == ["1:00:00 hours, $2.00", "0:18:56 hours, $0.63"]
 
 
-BATCH = "twice the batch_size and half the gradient_accumulation_steps is faster"
-
-
 @pytest.mark.parametrize(
     ("best", "changed", "warned"),
     [
@@ -183,15 +180,9 @@ BATCH = "twice the batch_size and half the gradient_accumulation_steps is faster
         ("float32", {"dtype": "bfloat16"}, "float32 is faster on this device; use --dtype=auto"),
         ("bfloat16", {"dtype": "float16", "batch": 0.04}, ""),
         ("float32", {"batch": 0.1}, "batches take 10% of the time"),
-        ("float32", {"kind": "cuda", "memory": 35}, BATCH),
-        ("float32", {"kind": "cuda", "memory": 37}, ""),
-        ("float32", {"kind": "cuda", "memory": 35, "gradient_accumulation_steps": 9}, ""),
     ],
 )
 def test_what_slows_a_run_down_is_a_warning(bill, monkeypatch, best, changed, warned):
     types = runtime.DTYPES | {"auto": runtime.DTYPES[best]}
-    memory, options = changed.get("memory"), {k: v for k, v in changed.items() if k != "memory"}
     monkeypatch.setattr(runtime, "resolve_dtype", lambda name, _: types[name])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10, 80))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: memory)
-    assert re.findall("warning: (.*)", bill(**options)) == [warned] * bool(warned)
+    assert re.findall("warning: (.*)", bill(**changed)) == [warned] * bool(warned)
