@@ -34,9 +34,9 @@ class Log:
         self.last_step, self.log_interval = config.max_iters, config.log_interval
         self.tokens_per_step, self.steps_per_epoch = tokens_per_step, steps_per_epoch
         self.path, self.is_first = Path(config.out_dir) / "log.jsonl", is_first
-        self.trackers = [open_wandb(config)] if config.wandb_log and is_first else []
+        self.trackers = [Wandb(config)] if config.wandb_log and is_first else []
         if config.tensorboard_log and is_first:
-            self.trackers.append(open_tensorboard(config, first_step))
+            self.trackers.append(TensorBoard(config, first_step))
         hidden = not (is_first and sys.stderr.isatty())
         self.bar = tqdm(total=self.last_step, initial=first_step, unit="step", disable=hidden)
         earlier = []
@@ -52,7 +52,7 @@ class Log:
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        self._tell_trackers()
+        self._tell_trackers(lambda tracker: tracker.close())
 
     def training(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
         """Log the update number `step` if it is a multiple of log_interval."""
@@ -116,59 +116,64 @@ class Log:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._tell_trackers(figures, step)
+        self._tell_trackers(lambda tracker: tracker.log(figures, step))
 
-    def _tell_trackers(self, *args) -> None:
-        """Call every tracker. One that fails is left out from then on."""
+    def _tell_trackers(self, tell: Callable) -> None:
+        """Call tell(tracker) for each tracker. One that fails is left out from then on."""
         for tracker in list(self.trackers):
             try:
-                tracker(*args)
+                tell(tracker)
             except Exception as error:  # of a package or its server: no reason to end a long run
                 self.trackers.remove(tracker)
-                self.say(f"a tracker failed ({one_line(error)[:200]}); it gets no more figures")
+                reason = one_line(error)[:200]
+                self.say(f"{type(tracker).__name__} failed ({reason}); it gets no more figures")
 
 
-def open_wandb(config) -> Callable:
-    """Return a function that sends figures to Weights & Biases. Raises UserError.
+class Wandb:
+    """Weights & Biases. A file in out_dir keeps the id, so that a resumed run is one run there."""
 
-    A file in out_dir keeps the id, so that a resumed run is one run there.
-    """
-    id_file = Path(config.out_dir) / "wandb_id.txt"
-    try:
-        import wandb  # only needed if asked for
+    def __init__(self, config) -> None:
+        id_file = Path(config.out_dir) / "wandb_id.txt"
+        try:
+            import wandb  # only needed if asked for
 
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4), "utf-8")
-        same = {"id": id_file.read_text("utf-8"), "resume": "allow"}  # begins it if it is new
-        names = {"project": config.wandb_project, "name": config.wandb_run_name}
-        run = wandb.init(config=asdict(config), **names, **same)
-    except ImportError:
-        raise UserError("wandb_log=True needs: pip install wandb") from None
-    except Exception as error:  # no key, no network, ...
-        raise UserError(f"wandb: {one_line(error)[:200]}; or use --wandb_log=False") from error
-    return lambda *record: run.log(record[0], step=record[1]) if record else run.finish()
+            if not id_file.exists():
+                id_file.write_text(secrets.token_hex(4), "utf-8")
+            same = {"id": id_file.read_text("utf-8"), "resume": "allow"}  # begins it if it is new
+            names = {"project": config.wandb_project, "name": config.wandb_run_name}
+            self.run = wandb.init(config=asdict(config), **names, **same)
+        except ImportError:
+            raise UserError("wandb_log=True needs: pip install wandb") from None
+        except Exception as error:  # no key, no network, ...
+            raise UserError(f"wandb: {one_line(error)[:200]}; or use --wandb_log=False") from error
+
+    def log(self, figures: dict, step: int) -> None:
+        self.run.log(figures, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
 
 
-def open_tensorboard(config, first_step: int) -> Callable:
-    """Return a function that writes figures to event files in out_dir. Raises UserError."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # only needed if asked for
-    except ImportError:
-        raise UserError("tensorboard_log=True needs: pip install tensorboard") from None
-    # Hides what an interrupted run logged after the checkpoint: it is computed again.
-    writer = SummaryWriter(config.out_dir, purge_step=first_step + 1)
+class TensorBoard:
+    """Event files in out_dir, for `tensorboard --logdir=out`."""
 
-    def write(*record) -> None:
-        figures, step = record or ({}, 0)
+    def __init__(self, config, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # only needed if asked for
+        except ImportError:
+            raise UserError("tensorboard_log=True needs: pip install tensorboard") from None
+        # Hides what an interrupted run logged after the checkpoint: it is computed again.
+        self.writer = SummaryWriter(config.out_dir, purge_step=first_step + 1)
+
+    def log(self, figures: dict, step: int) -> None:
         for name, value in figures.items():
             if isinstance(value, str):
-                writer.add_text(name, value, step)
+                self.writer.add_text(name, value, step)
             elif value is not None:
-                writer.add_scalar(name, value, step)
-        if not record:
-            writer.close()
+                self.writer.add_scalar(name, value, step)
 
-    return write
+    def close(self) -> None:
+        self.writer.close()
 
 
 def shorten(text: str, width: int = 44) -> str:
