@@ -15,7 +15,6 @@ their current values; its own names begin with an underscore.
 
 import ast
 import difflib
-import math
 import os
 import re
 import shutil
@@ -142,7 +141,7 @@ def check(name: str, value, accepted: dict, where: str):
     kinds = accepted[name]
     if type(value) is int and float in kinds:
         value = float(value)
-    is_finite = type(value) is not float or math.isfinite(value)
+    is_finite = type(value) is not float or abs(value) < float("inf")
     if value in kinds or (type(value) in kinds and is_finite):
         return value
     names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
@@ -154,7 +153,8 @@ def check(name: str, value, accepted: dict, where: str):
 def help_text(cls: type) -> str:
     """Return each option with its default and comment; a comment alone on a line is a title."""
     width = max(60, shutil.get_terminal_size().columns)
-    lines = [cls.__doc__, "", "usage: [config.py ...] [--option=value ...]"]
+    program = " ".join(sys.orig_argv[1 : 1 - len(sys.argv)])  # train.py, or -m tools.preflight
+    lines = [cls.__doc__, "", f"usage: python {program} [config.py ...] [--option=value ...]"]
     source = "".join(dedent(getsource(c)) for c in reversed(cls.__mro__[:-1]))  # bases first
     for name, comment in re.findall(r"^    (?:(\w+): .+  )?# (.+)$", source, re.MULTILINE):
         if name:
