@@ -113,7 +113,7 @@ def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
         return shards, {"source": files.rpartition("/")[0]} | options
     paths = []
     names = [config.input] if os.path.exists(config.input) else config.input.split(",")
-    for path in map(Path, filter(None, names)):
+    for path in map(Path, [*filter(None, names)] or [config.input]):
         found = [p for p in [path, *sorted(path.rglob("*"))] if p.is_file()]
         found = [p for p in found if p.name.endswith(corpus.SUFFIXES)]
         if not found:

@@ -44,8 +44,8 @@ def main(config: PrepareConfig) -> None:
         text, source = get_text(config.input)
         split = int(len(text) * (1 - config.val_fraction))
         if not 0 < split < len(text):
-            few = f"{len(text)} characters are too few"
-            raise UserError(f"{config.input}: {few} for val_fraction={config.val_fraction}")
+            few = f"{config.input or 'Shakespeare'}: {len(text)} characters are too few"
+            raise UserError(f"{few} for val_fraction={config.val_fraction}")
         tokenizer = CharTokenizer.from_text(text) if chars else BPETokenizer.gpt2()
         train, val = (tokenizer.encode(part) for part in (text[:split], text[split:]))
         source["sha256"] = hashlib.sha256(text.encode()).hexdigest()

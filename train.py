@@ -52,7 +52,7 @@ class TrainConfig:
     eval_iters: int = 0  # batches per evaluation; 0: every token of val.bin once
     eval_only: bool = False  # print the losses and stop
     target_val_loss: float = 0.0  # stop when the validation loss is this low
-    always_save_checkpoint: bool = True  # False: save ckpt.pt only when the loss improved
+    always_save_checkpoint: bool = True  # False: only when the loss improved, or at a signal
     checkpoint_interval: float = 300.0  # seconds between saves outside evaluations; 0: none
     log_interval: int = 10  # steps between log lines
     sample_interval: int = 0  # steps between samples; also after 0, 25, 50, 100; 0: none
@@ -117,7 +117,7 @@ class TrainConfig:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return AdamW's rate at `step`: linear warm-up, then decay. Muon's is in proportion to it."""
+    """Return AdamW's learning rate at `step`: warm-up, then decay. Muon's is proportional to it."""
     peak, end = config.learning_rate, config.lr_decay_iters or config.max_iters
     if step < config.warmup_iters:
         return peak * (step + 1) / (config.warmup_iters + 1)
@@ -151,7 +151,7 @@ def micro_batches(tokens, config: TrainConfig, T: int, device, micros, step: int
 
 
 def seed_dropout(config: TrainConfig, step: int, micro: int) -> None:
-    """Make dropout, like the batch, depend on the seed, the step and the forward pass alone."""
+    """Seed dropout by the run's seed, the step and the forward pass: a resumed run repeats it."""
     seeds = np.random.SeedSequence((config.seed, step, micro))
     torch.manual_seed(int(seeds.generate_state(1)[0]))
 
@@ -191,7 +191,7 @@ def write_sample(model: GPT, prompt: list[int], count: int, seed: int) -> list[i
 
 
 def why_not_finite(model, config, step, micros, batches, dtype, processes) -> str:
-    """Return why a loss or gradient of the step is not finite. In all processes but one, exit."""
+    """Return why a loss or gradient is not finite. Only the first process returns, others exit."""
     reason = ""
     for micro in micros:
         seed_dropout(config, step, micro)
@@ -232,14 +232,14 @@ def train(config: TrainConfig, processes: Processes) -> None:
         load_optimizers(optimizers, state.optimizers)
     if state.scaler and scaler.is_enabled():  # empty if dtype was not float16
         scaler.load_state_dict(state.scaler)
-    # What was loaded need not stay in memory.
+    # From here on, its weights are the model's own tensors. The loaded ones are freed.
     state = replace(state, weights=model.state_dict(), optimizers=None, scaler=None)
 
     losses = partial(evaluate, model, parts, config.batch_size, processes, precision)
     if config.eval_only:
-        train_loss, val_loss = losses()
-        words = f"training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
-        return processes.say(f"step {first_step:,}: {words}")
+        processes.say("evaluating ...")
+        words = "step {:,}: training loss {:.4f}, validation loss {:.4f}"
+        return processes.say(words.format(first_step, *losses()))
 
     # The run
     if processes.is_first and not resumed:
@@ -261,7 +261,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
     saved_at = time.perf_counter()
     with runtime.catch_signals() as signals, log:
         for step in range(first_step, config.max_iters + 1):
-            # `step` updates are done. Evaluate, write a sample, save, and end if it is time.
+            # `step` updates are done. After a signal: save and exit. Otherwise evaluate, write a
+            # sample and save, each if it is due; end at max_iters or at target_val_loss.
             stop = processes.any(bool(signals))  # several processes stop together
             improved = False
             due = step % config.eval_interval == 0 or step == config.max_iters
@@ -275,7 +276,6 @@ def train(config: TrainConfig, processes: Processes) -> None:
                 improved, best = val_loss < state.best_val_loss, min(val_loss, state.best_val_loss)
                 state = replace(state, evaluated_step=step, best_val_loss=best)
             done = step == config.max_iters or state.best_val_loss <= config.target_val_loss
-            # A young model changes fast, so it writes early samples, too.
             sample = done or step % (config.sample_interval or 1) == 0 or step in (25, 50, 100)
             if prompt and sample and not stop and processes.is_first:
                 with precision:
@@ -293,7 +293,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
                 saved_at = time.perf_counter()
             if stop:
                 log.say(f"saved and stopped after step {step:,}; continue: --init_from=resume")
-                sys.exit(128 + (signals or [signal.SIGTERM])[0])  # or another process got one
+                sys.exit(
+                    128 + (signals or [signal.SIGTERM])[0]
+                )  # no signal here: another process got it
             if done:
                 break
 
@@ -302,7 +304,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
             loss = torch.zeros((), device=device)
             for micro in micros:
                 seed_dropout(config, step, micro)
-                if processes.distributed:  # exchange gradients in the last backward pass alone
+                if processes.distributed:  # average gradients in the last backward pass alone
                     ddp.require_backward_grad_sync = micro == micros[-1]
                 with precision:
                     micro_loss = step_model(x, y)[1] / len(micros)
@@ -316,7 +318,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
                 nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
             loss = processes.sum(loss) / processes.count
             loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # waits for a GPU
-            # float16's scaler answers an overflow with a smaller scale, until there is none left.
+            # float16's scaler may cause an overflow: skip the step. update() then lowers its factor.
             overflow = not math.isfinite(grad_norm)
             if not math.isfinite(loss) or (overflow and scaler.get_scale() <= 1):
                 reason = why_not_finite(model, config, step, micros, batches, dtype, processes)
@@ -332,10 +334,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
             scaler.update()
             log.training(step + 1, loss, grad_norm, lr)
 
-    if processes.is_first:
+    if processes.is_first and log.path.exists():
         write_report(out_dir)
-        print(f"loss.png and samples.md are in {out_dir}; let the model write:")
-        print(f"    python sample.py --out_dir={out_dir}")
+        print(f"{out_dir} has loss.png and samples.md; next: python sample.py --out_dir={out_dir}")
 
 
 def main(config: TrainConfig) -> None:

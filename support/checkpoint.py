@@ -1,4 +1,4 @@
-"""Write and read checkpoints: out/<run>/ckpt.pt with everything, best.pt with the weights alone.
+"""Write and read checkpoints: out/<run>/ckpt.pt with everything, best.pt without the optimizers.
 
 A checkpoint is a dict of tensors and plain Python values. It is read with `weights_only=True`, so
 no code from the file runs. Every random draw of a run depends on its seed and the step alone, so
@@ -24,7 +24,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run. best.pt lacks the last three fields, which only a resumed run needs."""
+    """The state of a run. best.pt lacks the last two fields, which only a resumed run needs."""
 
     shape: GPTConfig
     weights: dict[str, Tensor]  # under GPT-2's names

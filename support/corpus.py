@@ -106,7 +106,7 @@ def hash_document(text: bytes, val_fraction: float) -> tuple[int, bool]:
 class Progress:
     """The content of progress.json: what is done of an unfinished data set."""
 
-    options: dict  # those that decide the content; the next run must have the same
+    options: dict  # the options that decide the content; the next run must have the same
     tokenizer: dict  # its to_dict()
     shards: int = 0  # number of files that are done
     complete: bool = False  # only the renaming of the files is left

@@ -50,7 +50,9 @@ class Tokens:
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, open(path, "rb")  # noqa: SIM115  # as long as this object
-        self.length = path.stat().st_size // TOKEN.itemsize
+        self.length, rest = divmod(path.stat().st_size, TOKEN.itemsize)
+        if rest or not self.length:
+            raise UserError(f"{path}: not a whole number of uint16 token ids; {PREPARE}")
 
     def __len__(self) -> int:
         return self.length
@@ -92,8 +94,8 @@ def eval_parts(
 ) -> list[tuple[Tokens, np.ndarray]]:
     """Return what an evaluation reads: train and val, each with the offsets of its sequences.
 
-    In val.bin they stand side by side, so that each token but the first is a target once; `limit`
-    keeps only that many, spread over the file (0: all). The same number of sequences is taken from
+    Those of val.bin follow each other without gaps, so that each token but the first is a target
+    once; `limit` keeps only that many, spread over the file (0: all). The same number is taken from
     train.bin, spread evenly. Raises UserError if a file is shorter than one sequence.
     """
     for tokens in (train, val):
@@ -151,9 +153,9 @@ def write_dataset(
     folder: Path, tokenizer: Tokenizer, train: list, val: list, val_bytes: int, source: dict
 ) -> None:
     """Write the three files from two lists of token ids; meta.json is written last."""
-    (folder / "meta.json").unlink(missing_ok=True)  # an old one would describe the new token files
     if tokenizer.vocab_size > 1 << 16:
         raise UserError(f"vocab_size={tokenizer.vocab_size} does not fit uint16; at most 65,536 do")
+    (folder / "meta.json").unlink(missing_ok=True)  # an old one would describe the new token files
     for name, ids in (("train.bin", train), ("val.bin", val)):
         with atomic_write(folder / name) as file:
             file.write(np.array(ids, dtype=TOKEN).tobytes())

@@ -6,7 +6,7 @@ log.jsonl has a JSON object per line, of three kinds. `step` counts finished upd
     {"step", "epoch", "seconds", "train_loss", "val_loss"}
     {"step", "epoch", "seconds", "sample"}
 
-A resumed run appends to the file, so what it computes again stands there twice: see `read_log`.
+A resumed run repeats some steps, so the file has their records twice: see `read_log`.
 """
 
 import json
@@ -96,8 +96,11 @@ class Log:
                 self.bar.write(line, file=sys.stdout)
                 sys.stdout.flush()
         except OSError:  # the terminal is gone, or `| tee log`, which Ctrl-C ends before this run
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             signal.raise_signal(signal.SIGTERM)  # which train.py answers by saving
+            for other in (sys.stderr.fileno(), os.open(os.devnull, os.O_WRONLY)):
+                os.dup2(other, sys.stdout.fileno())
+                with suppress(OSError):
+                    return sys.stdout.flush()  # the line is still in its buffer
 
     def _say_at(self, step: int, words: str) -> None:
         self.say(f"step {step:6,} | epoch {step / self.steps_per_epoch:5.2f} | {words}")
@@ -139,7 +142,7 @@ class Wandb:
 
             if not id_file.exists():
                 id_file.write_text(secrets.token_hex(4), "utf-8")
-            same = {"id": id_file.read_text("utf-8"), "resume": "allow"}  # begins it if it is new
+            same = {"id": id_file.read_text("utf-8"), "resume": "allow"}  # allow: or begin it
             names = {"project": config.wandb_project, "name": config.wandb_run_name}
             self.run = wandb.init(config=asdict(config), **names, **same)
         except ImportError:

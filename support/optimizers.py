@@ -48,7 +48,7 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict]) 
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: a step moves all directions of a matrix by the same amount."""
+    """Momentum, made orthogonal: a step changes all directions of a matrix equally."""
 
     # GradScaler would look for infinities itself, which waits for the GPU. train.py has looked.
     _step_supports_amp_scaling = True

@@ -111,7 +111,7 @@ class Processes:
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` over all processes, without waiting for the device."""
+        """Return `values`, overwritten by their sum over all processes. Does not wait for a GPU."""
         if self.distributed:
             dist.all_reduce(values)
         return values

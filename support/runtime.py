@@ -187,14 +187,15 @@ def compile_model(
 def catch_signals() -> Iterator[list[int]]:
     """Yield a list that gets the number of each SIGINT, SIGTERM or SIGHUP that arrives inside.
 
-    So a run can finish its step and save. The same signal a second time ends the process at once.
+    So a run can finish its step and save. A second Ctrl-C ends the process at once.
     """
     received: list[int] = []
 
     def receive(number: int, _frame) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        if number == signal.SIGINT:  # not print(): the signal may interrupt another print
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            # Not print(): the signal may interrupt another print.
             with suppress(OSError):  # the reader of a pipe has ended
                 os.write(1, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 

@@ -14,8 +14,13 @@ from support.hub import load_pretrained
 from support.processes import Processes
 from support.tokenizer import Tokenizer
 
-OWN = ("scratch", "resume", "auto")  # any other init_from is the name of a pretrained GPT-2
-SHAPE = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]  # also options
+OWN = ("scratch", "resume", "auto")  # any other init_from names a pretrained GPT-2
+SHAPE = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]
+
+
+def shape_options(config) -> dict:
+    """Return the options of train.py that make the shape of a model, from a run's or a model's."""
+    return {name: getattr(config, name) for name in SHAPE}
 
 
 def find_start(config, meta: dict, tokenizer: Tokenizer, processes: Processes) -> Checkpoint:
@@ -27,20 +32,19 @@ def find_start(config, meta: dict, tokenizer: Tokenizer, processes: Processes) -
     Raises UserError where config.init_from contradicts the other options.
     """
     path, origin = Path(config.out_dir) / "ckpt.pt", config.init_from
-    about = (tokenizer.to_dict(), asdict(config), meta["sha256"])
     if origin == "resume" or (origin == "auto" and path.exists()):
         before = load_checkpoint(path)
         check_resume(path, before, config, meta)
         shape = replace(before.shape, dropout=config.dropout)
         first_origin = before.train_config.get("init_from", "scratch")
-        options = asdict(config) | {"init_from": first_origin}
+        options = asdict(config) | shape_options(shape) | {"init_from": first_origin}
         state = replace(before, shape=shape, train_config=options)
     elif origin in OWN:
         if 0 < config.pad_vocab_to < tokenizer.vocab_size:
             few = f"pad_vocab_to={config.pad_vocab_to} is below the {tokenizer.vocab_size} tokens"
             raise UserError(f"{few} of data/{config.dataset}; raise it, or set it to 0")
-        options = {name: getattr(config, name) for name in SHAPE}
-        state = Checkpoint(GPTConfig(tokenizer.vocab_size, **options), {}, *about)
+        shape = GPTConfig(tokenizer.vocab_size, **shape_options(config))
+        state = Checkpoint(shape, {}, tokenizer.to_dict(), asdict(config), meta["sha256"])
     else:
         model, its_tokenizer = load_pretrained(origin)
         if its_tokenizer.to_dict() != tokenizer.to_dict():
@@ -51,7 +55,8 @@ def find_start(config, meta: dict, tokenizer: Tokenizer, processes: Processes) -
         T, weights = min(config.block_size, model.config.block_size), model.state_dict()
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
         shape = replace(model.config, block_size=T, dropout=config.dropout)
-        state = Checkpoint(shape, weights, *about)
+        options = asdict(config) | shape_options(shape)
+        state = Checkpoint(shape, weights, tokenizer.to_dict(), options, meta["sha256"])
     steps = sorted(set(processes.gather(str(state.step))))
     if len(steps) > 1:
         raise UserError(
@@ -62,10 +67,10 @@ def find_start(config, meta: dict, tokenizer: Tokenizer, processes: Processes) -
 
 
 def check_resume(path: Path, before: Checkpoint, config, meta: dict) -> None:
-    """Raise UserError if the run of these options can not go on from its checkpoint `before`."""
+    """Raise UserError if a run with these options can not continue from the checkpoint."""
     if before.optimizers is None:
         raise UserError(f"{path} has no optimizer state, so it can be sampled from but not resumed")
-    if before.step > config.max_iters:
+    if before.step > config.max_iters and not config.eval_only:
         raise UserError(
             f"{path} is at step {before.step}, after max_iters={config.max_iters}; raise it"
         )
@@ -111,4 +116,5 @@ def make_run_folder(out_dir: Path) -> None:
         folder.rename(aside)
         print(f"the earlier run is now in {aside}; to continue a run, use --init_from=resume")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that saved nothing
+    for name in ("log.jsonl", "wandb_id.txt"):  # of a run that saved nothing
+        (folder / name).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ SCRIPTS = {  # and the most lines that each may have
 }
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
     "*.py": 1_117,
-    "support/**/*.py": 1_958,
+    "support/**/*.py": 1_970,
     "tools/**/*.py": 1_715,
     "config/**/*.py": 230,
     "tests/**/*.py": 6_500,

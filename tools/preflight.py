@@ -72,7 +72,7 @@ def check_data(tokens: list, sha256: dict, batches: list, decode: Callable) -> I
 
 
 def check_model(model: GPT, x: Tensor, y: Tensor, dtype: torch.dtype, out_dir: Path) -> Iterator:
-    """Yield the same for a model in eval mode and a few tokens (B, T). Changes the weights."""
+    """Yield the same three for a model in eval mode, on a few tokens. Changes the weights."""
     # ckpt.pt has up to three times the weights, best.pt once; old files stay until new are whole.
     needed, free = 8 * sum(p.nbytes for p in model.parameters()), free_bytes(out_dir)
     measured = f"the run needs {needed / 1e9:,.2f} GB of {free / 1e9:,.2f} GB free"
