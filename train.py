@@ -318,7 +318,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
                 nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
             loss = processes.sum(loss) / processes.count
             loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # waits for a GPU
-            # float16's scaler may cause an overflow: skip the step. update() then lowers its factor.
+            # float16's scaler may cause an overflow: skip the step. update() lowers its factor.
             overflow = not math.isfinite(grad_norm)
             if not math.isfinite(loss) or (overflow and scaler.get_scale() <= 1):
                 reason = why_not_finite(model, config, step, micros, batches, dtype, processes)

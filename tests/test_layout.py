@@ -16,7 +16,7 @@ SCRIPTS = {  # and the most lines that each may have
     "prepare_openweb.py": 170,
 }
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
-    "*.py": 1_117,
+    "*.py": 1_118,
     "support/**/*.py": 1_970,
     "tools/**/*.py": 1_715,
     "config/**/*.py": 230,
