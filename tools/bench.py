@@ -219,7 +219,12 @@ def main(config: BenchConfig) -> None:
     figure = Figure(figsize=(9, 1.6 + 0.34 * len(rows)), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.bar_label(axes.barh(list(speeds), list(speeds.values())), fmt="{:,.0f}", padding=3)
-    axes.set(title=f"{config.what}: tokens per second, {about['date']}", xlabel=about["machine"])
+    axes.set(
+        title=f"{config.what}: {about['machine']}, {about['date']}", xlabel="tokens per second"
+    )
+    if max(speeds.values()) > 50 * min(speeds.values()):
+        axes.set_xscale("log")
+    axes.margins(x=0.25)  # for the numbers behind the bars
     axes.invert_yaxis()  # the first row at the top
     save_figure(figure, to.with_suffix(".png"))
 
