@@ -78,15 +78,15 @@ def open_dataset(folder: Path) -> tuple[dict, Tokenizer, Tokens, Tokens]:
     ours = any((folder / name).exists() for name in ("meta.json", "progress.json"))
     is_nanogpt = (folder / "train.bin").exists() and not ours
     meta = describe_nanogpt(folder) if is_nanogpt else read_meta(folder / "meta.json")
-    tokenizer = from_dict(meta["tokenizer"])
+    tokenizer, both = from_dict(meta["tokenizer"]), []
     for path in (folder / "train.bin", folder / "val.bin"):
         size, expected = path.stat().st_size, meta[f"{path.stem}_tokens"] * TOKEN.itemsize
         if size != expected:
             raise UserError(f"{path}: has {size} bytes, but meta.json says {expected}; {PREPARE}")
-        largest = Tokens(path).open().max()  # this pass also brings the file into the cache
-        if largest >= tokenizer.vocab_size:
+        both.append(Tokens(path))
+        if (largest := both[-1].open().max()) >= tokenizer.vocab_size:  # also fills the cache
             raise UserError(f"{path}: token id {largest} is not in the vocabulary; {PREPARE}")
-    return meta, tokenizer, Tokens(folder / "train.bin"), Tokens(folder / "val.bin")
+    return meta, tokenizer, *both
 
 
 def eval_parts(
