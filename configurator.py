@@ -10,7 +10,8 @@ comment behind it is what --help prints:
     config = configure(Options)    # python script.py config/big.py --batch_size=64
 
 Arguments apply from left to right. A config file is Python that assigns to option names. It sees
-their current values; its own names begin with an underscore.
+their current values; its own names begin with an underscore. In a text, ~/ at the start is the home
+folder, and an argument of nothing but \\n is a line break.
 """
 
 import ast
@@ -19,6 +20,10 @@ import os
 import re
 import shutil
 import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"error: this is Python {sys.version.split()[0]}; use Python 3.11 or newer")
+
 import types
 import typing
 from dataclasses import fields
@@ -35,7 +40,7 @@ def configure(cls: type, argv: list[str] | None = None):
     """Return the `cls` made from `argv`, by default the command line. Mistakes exit with code 2."""
     argv = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(argv):
-        print(help_text(cls))
+        run(print, help_text(cls))
         sys.exit(0)
     try:
         return read_options(cls, argv)
@@ -57,7 +62,8 @@ sys.excepthook = explain_missing_package  # scripts import this file before they
 def run(main: typing.Callable, config) -> None:
     """Call main(config). Errors of the user or the system end in one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):  # a pipe on Windows would choose another encoding
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main(config)
         sys.stdout.flush()
@@ -70,9 +76,14 @@ def run(main: typing.Callable, config) -> None:
         sys.exit(f"error: {one_line(error)}")  # to stderr, with code 1
 
 
-def one_line(error: Exception) -> str:
-    """Return the message of `error` without line breaks."""
+def one_line(error: Exception | str) -> str:
+    """Return the message of `error`, or a text, without line breaks."""
     return " ".join(str(error).split())
+
+
+def quote(path) -> str:
+    """Return a path as one types it in a command: in quotes if it has spaces or the like."""
+    return f'"{path}"' if re.search(r"[^\w./:\\+@=-]", str(path)) else str(path)
 
 
 def check_range(options, low: float, high: float, *names: str) -> None:
@@ -87,14 +98,18 @@ def read_options(cls: type, argv: list[str]):
     """Return the dataclass `cls` made from `argv`. Raises UserError on a mistake."""
     accepted = {name: alternatives(hint) for name, hint in typing.get_type_hints(cls).items()}
     values = {field.name: field.default for field in fields(cls)}
-    for arg in argv:
+    arguments = list(argv)
+    while arguments:
+        arg = arguments.pop(0)
         if not arg.startswith("-"):
             values |= read_config_file(arg, values, accepted)
             continue
         name, equals, text = arg.removeprefix("--").partition("=")
         kinds = accepted.get(name, [bool])
-        if not equals and bool not in kinds:
-            raise UserError(f"{arg} needs a value, as in --{name}={values[name]}")
+        if not equals and (bool not in kinds or arguments[:1] in (["True"], ["False"])):
+            if not arguments or arguments[0].startswith("--"):
+                raise UserError(f"{arg} needs a value, as in --{name}={values[name]!r}")
+            equals, text = "=", arguments.pop(0)  # --top_k 5
         values[name] = check(name, parse(text, kinds) if equals else True, accepted, arg)
     return cls(**values)
 
@@ -125,6 +140,8 @@ def alternatives(annotation) -> list:
 
 def parse(text: str, kinds: list):
     """Return the value that `text` stands for: a Python literal, or the text itself."""
+    if re.fullmatch(r"(\\n)+", text):  # as --help prints a line break
+        return text.replace(r"\n", "\n")
     try:
         literal = {"true": "True", "false": "False"}.get(text, text)
         return text if kinds == [str] else ast.literal_eval(literal)
@@ -137,10 +154,16 @@ def check(name: str, value, accepted: dict, where: str):
     if name not in accepted:
         near = difflib.get_close_matches(name, accepted, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists all options"
+        if name.replace("_", "-") == "local-rank":
+            hint = "start with torchrun instead of torch.distributed.launch"
+        elif not where.startswith("-"):
+            hint += "; begin a name of your own with _"
         raise UserError(f"{where}: there is no option {name!r}; {hint}")
     kinds = accepted[name]
     if type(value) is int and float in kinds:
         value = float(value)
+    if type(value) is str and value.startswith(("~/", "~\\")):
+        value = os.path.expanduser(value)
     is_finite = type(value) is not float or abs(value) < float("inf")
     if value in kinds or (type(value) in kinds and is_finite):
         return value
@@ -155,10 +178,14 @@ def help_text(cls: type) -> str:
     width = max(60, shutil.get_terminal_size().columns)
     program = " ".join(sys.orig_argv[1 : 1 - len(sys.argv)])  # train.py, or -m tools.preflight
     lines = [cls.__doc__, "", f"usage: python {program} [config.py ...] [--option=value ...]"]
+    hints = typing.get_type_hints(cls)
     source = "".join(dedent(getsource(c)) for c in reversed(cls.__mro__[:-1]))  # bases first
     for name, comment in re.findall(r"^    (?:(\w+): .+  )?# (.+)$", source, re.MULTILINE):
         if name:
             option = f"--{name}={getattr(cls, name)}".replace("\n", r"\n")
+            kinds = alternatives(hints[name])
+            choices = ["True, False"] * (bool in kinds) + [k for k in kinds if type(k) is str]
+            comment += f" ({', '.join(choices)})" * (len(choices) > 1)
             lines.append(fill(f"  {option:38} {comment}", width, subsequent_indent=" " * 41))
         else:
             lines += ["", f"{comment}:"]

@@ -4,7 +4,8 @@ Letters for shapes, the same in every file:
 
     B   sequences in a batch            nh  attention heads (n_head)
     T   tokens in a sequence            hs  channels of one head, C / nh
-    C   channels (n_embd)               V   tokens in the vocabulary (vocab_size)
+    S   tokens that can be looked at    V   tokens in the vocabulary (vocab_size)
+    C   channels (n_embd)
 
 The model of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": the decoder
 of Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762), with LayerNorm at the input of each
@@ -47,23 +48,27 @@ class GPTConfig:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Return softmax(q k^T / sqrt(hs)) v with a causal mask: formula 1 of Vaswani et al. 2017.
+    """Return softmax(q k^T / sqrt(hs) + mask) v: formula 1 of Vaswani et al. 2017.
 
     q is (B, nh, T, hs); k and v are (B, nh, S, hs) with S >= T. The T queries belong to the last T
     of the S positions; each sees its own position and all earlier ones. Returns (B, nh, T, hs).
     """
-    B, nh, T, hs = q.size()
-    S = k.size(2)
-    if q.device.type != "cpu" or T == 1:
-        assert T in (1, S), "is_causal aligns the mask with the first key, so T must be S"
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-    # On a CPU the backward pass of scaled_dot_product_attention takes half of a training step.
-    # Two batched products are faster; the first one also adds the mask.
+    T, S, hs = q.size(2), k.size(2), q.size(3)
     mask = torch.full((T, S), -math.inf, dtype=q.dtype).triu(S - T + 1)  # -inf where key > query
-    q, k, v = q.reshape(B * nh, T, hs), k.reshape(B * nh, S, hs), v.reshape(B * nh, S, hs)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs))  # (B * nh, T, S)
+    scores = q / math.sqrt(hs) @ k.mT + mask  # (B, nh, T, S)
     weights = F.dropout(scores.softmax(dim=-1), dropout)
-    return (weights @ v).view(B, nh, T, hs)
+    return weights @ v
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Return what `attention` returns, computed in one piece, without a (T, S) matrix in memory.
+
+    Faster on a GPU and for a single query. On a CPU its backward pass would take half of a training
+    step; that of the formula costs 0 to 3% of a step more than the fastest code that we found.
+    """
+    T, S = q.size(2), k.size(2)
+    assert T in (1, S), "is_causal aligns the mask with the first key, so T must be S"
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -83,7 +88,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attention(q, k, v, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        attend = attention if x.device.type == "cpu" and T > 1 else fused_attention
+        y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # put the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Literal
 
 from support import corpus
-from support.data import open_dataset, read_meta
+from support.data import find_tokenizer, open_dataset
 from support.download import download, hub_url
-from support.files import lock_path
+from support.files import clean, lock_path
 from support.tokenizer import PIECES, BPETokenizer, from_dict
 
 # The revisions are fixed, because the content behind a name on the hub has changed before.
@@ -114,14 +114,30 @@ def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
     paths = []
     names = [config.input] if os.path.exists(config.input) else config.input.split(",")
     for path in map(Path, [*filter(None, names)] or [config.input]):
-        found = [p for p in [path, *sorted(path.rglob("*"))] if p.is_file()]
-        found = [p for p in found if p.name.endswith(corpus.SUFFIXES)]
+        files = [path] if path.is_file() else files_below(path)
+        found = [file for file in files if corpus.format_of(file)]
         if not found:
-            raise UserError(f"input={path}: no such file, or no {', '.join(corpus.SUFFIXES)} there")
+            formats = f"this script reads {', '.join(corpus.FORMATS)}, also .gz, .bz2 and .zst"
+            what = f"input={path}: no such file, or of another format; {formats}"
+            raise UserError(f"{what}; convert others with pandoc or pdftotext, and unpack archives")
+        if others := [file.name for file in files if file not in found]:
+            print(f"{path}: left out, of other formats: {', '.join(others)[:200]}")
         paths += found
     inputs = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in dict.fromkeys(paths)]
     options = {"files": [name for name, *_ in inputs]} | options | {"inputs": inputs}
     return dict.fromkeys(paths, ""), options
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return all files below a folder in the order of their paths, also those behind links."""
+    found, visited = [], set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(name)) in visited:
+            folders.clear()  # a link to a folder above
+        else:
+            visited.add(real)
+            found += [Path(name, file) for file in files]
+    return sorted(found)
 
 
 def is_prepared(folder: Path, options: dict) -> bool:
@@ -141,9 +157,7 @@ def make_tokenizer(config: PrepareConfig, shards: dict[Path, str]) -> BPETokeniz
     if config.tokenizer == "bpe":
         print(f"training a tokenizer of {config.vocab_size:,} tokens on up to 32 MB of text ...")
         return BPETokenizer.train(training_sample(config, shards), config.vocab_size)
-    if config.tokenizer == "gpt2":
-        return BPETokenizer.gpt2()
-    tokenizer = from_dict(read_meta(Path(config.tokenizer))["tokenizer"])
+    tokenizer = find_tokenizer(config.tokenizer)
     if not isinstance(tokenizer, BPETokenizer) or tokenizer.vocab_size > 1 << 16:
         raise UserError(f"tokenizer={config.tokenizer}: not BPE with at most 65,536 tokens")
     return tokenizer
@@ -155,8 +169,8 @@ def training_sample(config: PrepareConfig, shards: dict[Path, str]) -> Iterator[
     for path, url in shards.items():
         if url:
             download(url, path)
-        for document in corpus.read_documents(path, config.column):
-            text = corpus.clean(document, Counter())
+        for document in corpus.read_documents(path, config.column, Counter()):
+            text = clean(document)
             _, for_val = corpus.hash_document(text.encode(), config.val_fraction)
             keep = len(text) >= config.min_chars and not for_val
             for piece in PIECES.findall(text) if keep else []:

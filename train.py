@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from configurator import UserError, check_range, configure, run
+from configurator import UserError, check_range, configure, quote, run
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ class TrainConfig:
     out_dir: str = "out"  # folder of the run
     init_from: str = "scratch"  # or resume, auto (resume if possible), gpt2, owner/name
     eval_interval: int = 2000  # steps between evaluations
-    eval_iters: int = 0  # batches per evaluation; 0: every token of val.bin once
+    eval_iters: int = 0  # batches of 16 sequences per evaluation; 0: all of val.bin
     eval_only: bool = False  # print the losses and stop
     target_val_loss: float = 0.0  # stop when the validation loss is this low
     always_save_checkpoint: bool = True  # False: only when the loss improved, or at a signal
@@ -216,9 +216,10 @@ def train(config: TrainConfig, processes: Processes) -> None:
     meta, tokenizer, train_tokens, val_tokens = data.open_dataset(Path("data") / config.dataset)
     state = find_start(config, meta, tokenizer, processes)
     shape, T, first_step = state.shape, state.shape.block_size, state.step
-    parts = data.eval_parts(train_tokens, val_tokens, T, config.eval_iters * config.batch_size)
+    parts = data.eval_parts(train_tokens, val_tokens, T, config.eval_iters * 16)
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * T
     steps_per_epoch = len(train_tokens) / tokens_per_step
+    epochs = (state.tokens / tokens_per_step + config.max_iters - first_step) / steps_per_epoch
     prompt = tokenizer.encode(config.sample_start if config.sample_interval else "")
 
     # The model and its optimizers: new, pretrained, or from a checkpoint
@@ -247,7 +248,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         f"{model.num_params():,} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
         f"{shape.n_embd} wide, context {T}, vocabulary {shape.vocab_size:,}\n"
         f"{tokens_per_step:,} tokens per step, {steps_per_epoch:,.1f} steps per epoch, "
-        f"{config.max_iters:,} steps = {config.max_iters / steps_per_epoch:.1f} epochs of "
+        f"{config.max_iters:,} steps = {epochs:.1f} epochs of "
         f"data/{config.dataset}\n{device} x {processes.count}, {runtime.dtype_name(dtype)}, "
         f"{config.optimizer}"
     )
@@ -256,7 +257,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
     x, y = next(upcoming)
     ddp = processes.wrap(model)
     step_model = runtime.compile_model(ddp, config, (x, y), precision, processes)
-    log = Log(config, first_step, tokens_per_step, steps_per_epoch, processes.is_first)
+    counts = (state.tokens, tokens_per_step, len(train_tokens))
+    log = Log(config, first_step, *counts, processes.is_first)
     saved_at = time.perf_counter()
     with runtime.catch_signals() as signals, log:
         for step in range(first_step, config.max_iters + 1):
@@ -283,7 +285,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
             timer = 0 < config.checkpoint_interval < time.perf_counter() - saved_at
             save = stop or improved or (config.always_save_checkpoint and (due or timer))
             if save and processes.is_first:
-                state = replace(state, step=step)
+                new = (step - state.step) * tokens_per_step
+                state = replace(state, step=step, tokens=state.tokens + new)
                 if improved:  # first: after a kill in between, a resumed run evaluates again
                     save_checkpoint(out_dir / "best.pt", state)
                 moments = [optimizer.state_dict() for optimizer in optimizers]
@@ -335,7 +338,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
     if processes.is_first and log.path.exists():
         write_report(out_dir)
-        print(f"{out_dir} has loss.png and samples.md; next: python sample.py --out_dir={out_dir}")
+        command = f"python sample.py --out_dir={quote(out_dir)}"
+        print(f"{out_dir} has loss.png and samples.md; next: {command}")
 
 
 def main(config: TrainConfig) -> None:

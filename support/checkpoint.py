@@ -7,8 +7,9 @@ there are no random states to save. The keys are the fields of Checkpoint, but f
 """
 
 import math
+import re
 import zipfile
-from configurator import UserError, one_line
+from configurator import UserError, one_line, quote
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Checkpoint:
     train_config: dict  # the options of the run
     dataset: dict  # sha256 of train.bin and val.bin; empty if unknown
     step: int = 0  # finished updates
+    tokens: int = 0  # training tokens read in these updates
     best_val_loss: float = math.inf  # the lowest validation loss so far
     evaluated_step: int = -1  # the last step whose evaluation is in the log
     optimizers: list[dict] | None = None  # a state dict for each
@@ -60,21 +62,45 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train first, or name a run with --out_dir")
     try:
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                start = file.read(12)
+            hint = "a folder in Hugging Face's format is read with --init_from=FOLDER"
+            raise UserError(f"torch did not write it, or it is cut: it begins with {start}; {hint}")
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums inside
             if archive.testzip():
                 raise UserError("a checksum inside is wrong; take another copy of it")
         fields = torch.load(path, map_location="cpu", weights_only=True)
-        if fields.keys() >= {"model_args", "iter_num"}:
-            command = f"python -m tools.import_nanogpt --checkpoint={path} --out_dir=out/imported"
-            raise UserError(f"it is nanoGPT's; run: {command}")
+        if not fields.keys() >= {"format", "model_config"}:
+            raise UserError(describe_foreign(path, fields))
         if fields["format"] != FORMAT:
             raise UserError(f"its format is {fields['format']!r:.50}, not {FORMAT}")
         fields |= {"shape": GPTConfig(**fields["model_config"]), "weights": fields["model"]}
+        if "tokens" not in fields:  # an earlier version
+            run, T = fields["train_config"], fields["shape"].block_size
+            each = run["batch_size"] * run["gradient_accumulation_steps"] * T
+            fields["tokens"] = fields["step"] * each
         names = Checkpoint.__dataclass_fields__.keys() & fields.keys()
         return Checkpoint(**{name: fields[name] for name in names})
     except Exception as error:  # a damaged or foreign file can raise anything
         reason = one_line(error) or type(error).__name__
+        if found := re.search(r"GLOBAL (\S+)", reason):  # torch has refused to load this class
+            kind = "config" if "GPTConfig" in found[1] else f"objects of {found[1]}"
+            reason = describe_foreign(path, {kind: None})
         raise UserError(f"{path}: can not be used as a checkpoint: {reason[:300]}") from error
+
+
+def describe_foreign(path: Path, fields: dict) -> str:
+    """Return which program's checkpoint the file is by its `fields`, and how to use it."""
+    if {"model_args", "config"} & fields.keys():
+        run = f"python -m tools.import_nanogpt --checkpoint={quote(path)} --out_dir=out/imported"
+        return f"it looks like one of nanoGPT or build-nanogpt; run: {run}"
+    if any(name.endswith("wte.weight") for name in fields):
+        return (
+            "it has a GPT-2's weights alone, as pytorch_model.bin; write its folder again with "
+            "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW) and use --init_from=NEW"
+        )
+    return f"it is of another program, with {', '.join(map(str, fields))}"
 
 
 def build_model(shape: GPTConfig, weights: dict[str, Tensor]) -> GPT:

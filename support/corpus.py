@@ -4,17 +4,17 @@
 So the work can be interrupted: the next run cuts off what was written after the last save.
 """
 
+import csv
 import hashlib
 import io
 import json
 import os
 import re
 import time
-import unicodedata
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from configurator import UserError, one_line
+from configurator import UserError, one_line, quote
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -22,78 +22,152 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from support.data import TOKEN, write_meta
-from support.files import atomic_write, replace
+from support.files import CONVERT, atomic_write, clean, encoding_of, progress_bar, replace
 from support.tokenizer import END_OF_TEXT, BPETokenizer
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
+TABLES = (".parquet", ".arrow", ".feather")  # .arrow: also a folder that `datasets` saved
+FORMATS = (*TABLES, ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text")
+DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `datasets`
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", "": None}
 TXT_DOCUMENT = 100_000  # characters; a longer text file is split, if possible at ends of lines
 SAVE_BYTES = 10_000_000  # save after a file if there is so much new text: a save takes time
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1 without tab and newline
-PARTS = ("train.bin", "val.bin", "seen")  # seen: the hash of every document, 8 bytes each
+END = re.compile(re.escape(END_OF_TEXT) + r"(?:\r?\n)?")  # between two documents of one text
+BROKEN = re.compile("[\0\ud800-\udfff]")  # what a byte that is not UTF-8 becomes, and half an emoji
+MENDED = "mended: characters that were not UTF-8"
+BINS = ("train.bin", "val.bin")
+PARTS = (*BINS, "seen")  # seen: the hash of every document, 8 bytes each
 
 
-def read_documents(path: Path, column: str) -> Iterator[bytes]:
-    """Yield the documents of a file one by one, as bytes that may not be valid UTF-8."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+def format_of(path: Path) -> tuple[str, str] | None:
+    """Return the format and the compression of a file by its name: (".jsonl", ".gz"), or None."""
+    suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
+    compression = suffixes.pop() if suffixes[-1] in COMPRESSED else ""
+    is_read = suffixes and suffixes[-1] in FORMATS and path.name not in DESCRIPTIONS
+    return (suffixes[-1], compression) if is_read else None
+
+
+def read_documents(path: Path, column: str, counts: Counter) -> Iterator[str]:
+    """Yield the documents of a file one by one. Count what is skipped and mended.
+
+    A row without a text is skipped. <|endoftext|> inside a text separates two documents. Raises
+    UserError for a file that can not be read, has no such column, or has another encoding.
+    """
+    n_characters, n_broken, first = 0, 0, ""
     try:
-        if path.suffix == ".parquet":
-            yield from read_parquet(path, column)
-            return
-        with pa.input_stream(str(path), compression=compression) as stream:
-            # Bytes that are not UTF-8 pass as surrogates; `clean` counts and replaces them.
-            lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="\n")
-            jsonl = ".jsonl" in path.suffixes
-            yield from read_jsonl(path, lines, column) if jsonl else read_txt(lines)
-    except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeError) as error:
+        for row in read_rows(path, column):
+            if not isinstance(row, str) or not row:
+                counts["skipped: rows without a text"] += 1
+                continue
+            n_characters += len(row)
+            if broken := BROKEN.search(row):
+                text = row[max(0, broken.start() - 20) : broken.start()]
+                first = first or f"byte 0x{ord(broken[0]) & 0xFF:02x} after {text!r}"
+                row, n = BROKEN.subn("\ufffd", row)
+                n_broken, counts[MENDED] = n_broken + n, counts[MENDED] + n
+                check_encoding(path, n_broken, max(n_characters, 10_000_000), first)
+            yield from filter(None, END.split(row))
+    except (pa.ArrowException, csv.Error, OSError, MemoryError, UnicodeError) as error:
         hint = "is it whole? If it was downloaded, remove it"
+        if "too much memory" in str(error):  # zstd's long mode
+            hint = f"run: zstd -d --long=31 {quote(path)}"
         raise UserError(f"{path}: not readable ({one_line(error)[:99]}); {hint}") from error
+    check_encoding(path, n_broken, n_characters, first)
 
 
-def read_parquet(path: Path, column: str) -> Iterator[bytes]:
-    file = pq.ParquetFile(path)
-    columns = {field.name: str(field.type) for field in file.schema_arrow}
-    if columns.get(column) not in ("string", "large_string"):
-        raise UserError(f"{path}: --column={column} is not a text column among {columns}"[:300])
-    for batch in file.iter_batches(batch_size=128, columns=[column]):
-        yield from batch.column(0).cast(pa.large_binary()).drop_null().to_pylist()
+def check_encoding(path: Path, n_broken: int, n_characters: int, first: str) -> None:
+    """Raise UserError if a file is not in UTF-8: single bad characters are mended, not many."""
+    if n_broken > max(10, n_characters / 1000):
+        many = f"{n_broken:,} characters are not UTF-8, the first is {first}"
+        raise UserError(f"{path}: {many}; {CONVERT}")
 
 
-def read_jsonl(path: Path, lines: Iterable[str], column: str) -> Iterator[bytes]:
+def read_rows(path: Path, column: str) -> Iterator:
+    """Yield each row's value of a column, or the parts of a text file. Not all need to be text."""
+    kind, compression = format_of(path)
+    if kind in TABLES:
+        yield from read_table(path, kind, column)
+        return
+    with pa.input_stream(str(path), compression=COMPRESSED[compression]) as stream:
+        encoding = encoding_of(stream.read(4))
+    with pa.input_stream(str(path), compression=COMPRESSED[compression]) as stream:
+        # Bytes that are not UTF-8 pass as surrogates.
+        lines = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")
+        if kind in (".txt", ".text"):
+            yield from read_txt(lines)
+            return
+        first, found = {}, False
+        for row in read_csv(lines) if kind in (".csv", ".tsv") else read_json(path, lines):
+            if isinstance(row, dict):
+                first, found = first or row, found or column in row
+                row = row.get(column)
+            yield row
+        if first and not found:
+            raise UserError(f"{path}: --column={column} is not one of {', '.join(first)}"[:300])
+
+
+def read_table(path: Path, kind: str, column: str) -> Iterator[str | None]:
+    """Yield the values of a text column of a parquet or Arrow file."""
+    if kind == ".parquet":
+        file = pq.ParquetFile(path)
+        schema, batches = file.schema_arrow, file.iter_batches(batch_size=128, columns=[column])
+    else:
+        source = pa.memory_map(str(path))
+        try:
+            file = pa.ipc.open_file(source)
+            batches = map(file.get_batch, range(file.num_record_batches))
+        except pa.ArrowInvalid:  # `datasets` saves streams
+            source.seek(0)
+            batches = file = pa.ipc.open_stream(source)
+        schema = file.schema
+    types = {field.name: str(field.type) for field in schema}
+    # string, large_string, binary_view, dictionary<values=string, ...>; null if all rows lack it
+    if not re.match(r"(dictionary<values=)?(large_)?(string|binary|null)", types.get(column, "")):
+        raise UserError(f"{path}: --column={column} is not a text column among {types}"[:300])
+    for batch in batches:
+        values = batch.column(column)
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        for value in values.cast(pa.large_binary()).to_pylist():
+            yield value if value is None else value.decode("utf-8", "surrogateescape")
+
+
+def read_json(path: Path, lines: io.TextIOWrapper) -> Iterator:
+    """Yield the values of JSON lines or, if the first line begins with [, of a JSON array."""
     for number, line in enumerate(lines, start=1):
         try:
-            if line.strip():
-                yield json.loads(line)[column].encode("utf-8", "surrogatepass")
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            where = f"{path}: line {number}"
-            raise UserError(f"{where} is not JSON with a text {column!r}; use --column") from None
+            if number == 1 and line.lstrip().startswith("["):
+                yield from json.loads(line + lines.read())
+            elif line.strip():
+                yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            what = f"line {number} is not JSON ({one_line(error)[:80]})"
+            hint = "write one object per line (jq -c), and run the same command again"
+            raise UserError(f"{path}: {what}; {hint}") from None
 
 
-def read_txt(lines: io.TextIOWrapper) -> Iterator[bytes]:
-    """Yield documents: from one line <|endoftext|> to the next, or TXT_DOCUMENT characters."""
-    document = ""
-    while line := lines.readline(TXT_DOCUMENT):
-        ended = line.rstrip("\r\n") == END_OF_TEXT
-        document += "" if ended else line
-        if ended or len(document) >= TXT_DOCUMENT:
-            yield document.encode("utf-8", "surrogateescape")
-            document = ""
-    yield document.encode("utf-8", "surrogateescape")
+def read_csv(lines: io.TextIOWrapper) -> Iterator[dict]:
+    """Yield the rows of a table whose first line has the names of the columns."""
+    csv.field_size_limit(1 << 30)
+    header = lines.readline()
+    delimiter = max(",;\t", key=header.count)
+    [names] = csv.reader([header], delimiter=delimiter)
+    yield from csv.DictReader(lines, names, delimiter=delimiter)
 
 
-def clean(document: bytes, counts: Counter) -> str:
-    """Return the document in Unicode's form NFC without control characters; count the repairs."""
-    text = document.decode("utf-8", "replace")
-    if text.encode() != document:
-        counts["mended: bytes that were no UTF-8"] += 1
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    visible = CONTROL.sub("", text)
-    counts["mended: control characters"] += visible != text
-    composed = unicodedata.normalize("NFC", visible)
-    counts["mended: not in Unicode's form NFC"] += composed != visible
-    return composed
+def read_txt(text: io.TextIOWrapper) -> Iterator[str]:
+    """Yield a text in parts of at most TXT_DOCUMENT characters, if possible up to ends of lines."""
+    rest, longest = "", TXT_DOCUMENT + len(END_OF_TEXT)  # no cut divides an <|endoftext|>
+    while block := text.read(TXT_DOCUMENT):
+        *documents, rest = END.split(rest + block)
+        yield from filter(None, documents)
+        while len(rest) > longest:
+            cut = rest.rfind("\n", 0, TXT_DOCUMENT) + 1 or TXT_DOCUMENT
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
 
 
 def hash_document(text: bytes, val_fraction: float) -> tuple[int, bool]:
@@ -117,18 +191,27 @@ class Progress:
 
 
 def load_progress(folder: Path, options: dict) -> Progress | None:
-    """Return the progress of an interrupted run with the same options; None if there is none."""
+    """Return the progress of an interrupted run with the same options; None if there is none.
+
+    Input files that are not done may have changed since: an error in one of them was corrected.
+    """
     path = folder / "progress.json"
     again = f"remove {path} to start again"
     try:
         progress = Progress(**json.loads(path.read_bytes()))
-        change, progress.counts = difference(progress.options, options), Counter(progress.counts)
+        done = None if progress.complete else progress.shards
+        then, now = (
+            {k: v[:done] if type(v) is list else v for k, v in o.items()}
+            for o in (progress.options, options)
+        )
+        change, progress.counts = difference(then, now), Counter(progress.counts)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged, or of an earlier version; {again}") from None
     if change:
         raise UserError(f"{folder} was begun with {change}; use another --dataset, or {again}")
+    progress.options = options
     return progress
 
 
@@ -158,8 +241,7 @@ class Writer:
     def add_shard(self, path: Path, tokenizer: BPETokenizer, last: bool) -> None:
         """Append a file's documents, tokenized, up to `limit`. Saves if SAVE_BYTES are new."""
         progress, waiting = self.progress, deque()  # of documents, in order
-        settings = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
-        bar = tqdm(total=self.limit, initial=progress.text_bytes, **settings)
+        bar = progress_bar(self.limit, progress.text_bytes)
 
         def encode(text: str) -> bytes:
             return tokenizer.encode_document(text).astype(TOKEN).tobytes()
@@ -176,6 +258,8 @@ class Writer:
         progress.shards += 1
         progress.complete = last or progress.text_bytes >= self.limit
         new, seconds = progress.text_bytes - self.saved_bytes, time.perf_counter() - self.saved_at
+        if progress.complete:
+            self.balance(tokenizer)
         if progress.complete or new >= SAVE_BYTES:
             self.save()
             done = f"{progress.text_bytes / 1e6:,.1f} MB of text so far"
@@ -184,10 +268,11 @@ class Writer:
     def keep_documents(self, path: Path) -> Iterator[tuple[BinaryIO, str]]:
         """Yield the documents to keep, up to `limit`, and the file for their tokens. Count all."""
         progress, options = self.progress, self.progress.options
-        for document in read_documents(path, options["column"]):
-            progress.counts["read"] += 1
-            text = clean(document, progress.counts)
+        for document in read_documents(path, options["column"], progress.counts):
+            text = clean(document)
             encoded = text.encode()
+            progress.counts["read"] += 1
+            progress.counts["cleaned: line ends, control characters, form NFC"] += text != document
             number, for_val = hash_document(encoded, options["val_fraction"])
             if len(text) < options["min_chars"]:
                 progress.counts["dropped: shorter than min_chars"] += 1
@@ -203,6 +288,26 @@ class Writer:
             if progress.text_bytes >= self.limit:
                 break
 
+    def balance(self, tokenizer: BPETokenizer) -> None:
+        """Correct the share of validation, if it is far from val_fraction, at the files' ends.
+
+        A document's hash decides where it goes, so few or very long documents give any share: then
+        one file's last tokens move to the other.
+        """
+        train, val = self.files["train.bin"], self.files["val.bin"]
+        n_train, n_val = (file.tell() // TOKEN.itemsize for file in (train, val))
+        wanted = max(1, round(self.progress.options["val_fraction"] * (n_train + n_val)))
+        if abs(n_val - wanted) <= wanted / 4 or n_train + n_val < 2:
+            return
+        source, target = (train, val) if n_val < wanted else (val, train)
+        end = source.tell() - abs(n_val - wanted) * TOKEN.itemsize
+        source.flush()
+        ids = np.fromfile(source.name, dtype=TOKEN, offset=end)
+        target.write(ids.tobytes())
+        text = tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text].tolist())
+        self.progress.val_bytes += len(text) if target is val else -len(text)
+        source.seek(end)  # `finish` cuts the file off there, after this is saved
+
     def save(self) -> None:
         """Record on the disk what is done."""
         progress = self.progress
@@ -212,10 +317,12 @@ class Writer:
             progress.lengths[name] = file.tell()
             if progress.complete:
                 file.close()  # Windows can not rename an open file
-        if progress.complete and not all(progress.lengths.values()):
+        if progress.complete and not (
+            progress.lengths["train.bin"] and progress.lengths["val.bin"]
+        ):
             (self.folder / "progress.json").unlink()
-            remedy = "give more text, lower --min_chars or raise --val_fraction"
-            raise UserError(f"too few documents for both training and validation; {remedy}")
+            read = "; ".join(f"{n:,} {what}" for what, n in progress.counts.items() if n)
+            raise UserError(f"no text is left for {self.folder} ({read}); lower --min_chars?")
         with atomic_write(self.folder / "progress.json") as file:
             file.write(json.dumps(vars(progress)).encode())
         self.saved_at, self.saved_bytes = time.perf_counter(), progress.text_bytes
@@ -226,6 +333,7 @@ def finish(folder: Path, progress: Progress, tokenizer: BPETokenizer) -> None:
     (folder / "meta.json").unlink(missing_ok=True)  # an old one would describe the new files
     for path in (folder / "train.bin.part", folder / "val.bin.part"):
         if path.exists():
+            os.truncate(path, progress.lengths[path.stem])
             replace(path, folder / path.stem)
     done = {"text_bytes": progress.text_bytes, "documents": progress.counts}
     write_meta(folder, tokenizer, progress.val_bytes, progress.options | done)

@@ -8,7 +8,7 @@ A data set is a folder, data/<name>/, with three files:
 """
 
 import json
-from configurator import UserError, one_line
+from configurator import UserError, one_line, quote
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,10 @@ class Tokens:
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, open(path, "rb")  # noqa: SIM115  # as long as this object
-        self.length, rest = divmod(path.stat().st_size, TOKEN.itemsize)
+        size = path.stat().st_size
+        self.length, rest = divmod(size, TOKEN.itemsize)
         if rest or not self.length:
-            raise UserError(f"{path}: not a whole number of uint16 token ids; {PREPARE}")
+            raise UserError(f"{path}: {size:,} bytes are no uint16 token ids; {PREPARE}")
 
     def __len__(self) -> int:
         return self.length
@@ -83,10 +84,47 @@ def open_dataset(folder: Path) -> tuple[dict, Tokenizer, Tokens, Tokens]:
         size, expected = path.stat().st_size, meta[f"{path.stem}_tokens"] * TOKEN.itemsize
         if size != expected:
             raise UserError(f"{path}: has {size} bytes, but meta.json says {expected}; {PREPARE}")
-        both.append(Tokens(path))
-        if (largest := both[-1].open().max()) >= tokenizer.vocab_size:  # also fills the cache
-            raise UserError(f"{path}: token id {largest} is not in the vocabulary; {PREPARE}")
+        both.append(open_tokens(path, tokenizer.vocab_size))
     return meta, tokenizer, *both
+
+
+def open_tokens(path: Path, vocab_size: int) -> Tokens:
+    """Return the token ids of a .bin file. Raises UserError if they are not uint16 or too large."""
+    tokens = Tokens(path)
+    ids = tokens.open()
+    dtype, offset = guess_layout(ids, vocab_size)
+    if (dtype, offset) != (TOKEN, 0):
+        numbers = f"{8 * dtype.itemsize}-bit {'big' if dtype.str[0] == '>' else 'little'}-endian"
+        header = f" after a header of {offset} bytes" * (offset > 0)
+        read = f"numpy.fromfile('{path}', '{dtype.str}', offset={offset})"
+        write = f"python -c \"import numpy; {read}.astype('{TOKEN.str}').tofile('new.bin')\""
+        what = f"{path}: has {numbers} numbers{header}, not plain little-endian uint16"
+        raise UserError(f"{what}; rewrite it: {write}")
+    if (largest := ids.max()) >= vocab_size:  # reads all, which also fills the system's cache
+        raise UserError(f"{path}: token id {largest} is not in the vocabulary; {PREPARE}")
+    return tokens
+
+
+def guess_layout(ids: np.ndarray, vocab_size: int) -> tuple[np.dtype, int]:
+    """Return the dtype of the numbers in a .bin file and the number of bytes before them.
+
+    The bytes of another program's files can pass for token ids, and a model would learn nonsense.
+    """
+    start, offset = ids[: 1 << 20], 0
+    if start[:3].tobytes() == b"\x93NUMPY":
+        offset = 10 + int(
+            start[4]
+        )  # https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    elif len(start) > 512 and not start[16:512].any():
+        offset = 1024  # 256 numbers of 32 bits, most of them 0: llm.c and modded-nanogpt
+    start = start[offset // TOKEN.itemsize :]
+    if len(start) < 64 or not start.any():
+        return TOKEN, offset
+    for dtype in map(np.dtype, ("<u8", ">u8", "<u4", ">u4")):  # they leave zeros beside each id
+        if np.frombuffer(start[: len(start) // 4 * 4].tobytes(), dtype).max() < 1 << 16:
+            return dtype, offset
+    is_big_endian = start.max() >= vocab_size > start.byteswap().max()
+    return np.dtype(">u2") if is_big_endian else TOKEN, offset
 
 
 def eval_parts(
@@ -126,10 +164,18 @@ def read_meta(path: Path) -> dict:
         raise UserError(f"{path}: {reason}; {PREPARE}") from error
 
 
+def find_tokenizer(name: str) -> Tokenizer:
+    """Return GPT-2's tokenizer if `name` is "gpt2", otherwise that of the meta.json at `name`."""
+    if name == "gpt2":
+        return BPETokenizer.gpt2()
+    return from_dict(read_meta(Path(name))["tokenizer"])
+
+
 def describe_nanogpt(folder: Path) -> dict:
     """Return what meta.json would say of token files by nanoGPT. Their ids must be GPT-2's."""
     if (folder / "meta.pkl").exists():
-        command = f"prepare_shakespeare.py --input={folder / 'input.txt'} --dataset={folder.name}"
+        text, name = quote(folder / "input.txt"), quote(folder.name)
+        command = f"prepare_shakespeare.py --input={text} --dataset={name}"
         raise UserError(f"{folder / 'meta.pkl'}: pickles are unsafe; run python {command}")
     train, val = Tokens(folder / "train.bin"), np.fromfile(folder / "val.bin", dtype=TOKEN)
     if train.open()[: 1 << 20].max() < 1000:  # in any text, some of GPT-2's ids are higher

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import requests
 from requests.adapters import HTTPAdapter
-from tqdm import tqdm
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError, IncompleteRead
 
-from support.files import file_sha256, lock_path, replace
+from support.files import file_sha256, lock_path, progress_bar, replace
 
 PAUSE = 0.5  # seconds; with 4 retries, urllib3 waits 0, 1, 2 and 4 s for a server that is not there
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses of a server that may have the file later
@@ -83,8 +82,7 @@ def fetch_rest(session: requests.Session, url: str, part: Path) -> str:
         response.raise_for_status()
         have *= response.status_code == 206  # a server that knows no ranges sends the whole file
         total = int(span.rpartition("/")[2] or response.headers.get("Content-Length", 0))
-        settings = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
-        bar = tqdm(total=total or None, initial=have, desc=part.stem, **settings)
+        bar = progress_bar(total or None, have, desc=part.stem)
         with bar, open(part, "ab" if have else "wb") as file:
             for chunk in response.raw.stream(1 << 16, decode_content=False):
                 bar.update(len(chunk))

@@ -1,16 +1,30 @@
-"""Read and write whole files: atomic writes, locks, checksums, UTF-8 text."""
+"""Read and write whole files: atomic writes, locks, checksums, text."""
 
+import codecs
 import hashlib
 import os
 import platform
-import shutil
+import re
+import sys
 import time
+import unicodedata
 from collections.abc import Iterator
-from configurator import UserError
+from configurator import UserError, one_line
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+MARKS = {  # byte order marks; that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+CONVERT = "convert it, as in: iconv -f CP1252 -t UTF-8 old.txt > new.txt (or -f UTF-16LE)"
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1 without tab and newline
 
 
 @contextmanager
@@ -58,13 +72,17 @@ def lock_path(path: Path, seconds: float = 0) -> Iterator[None]:
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock, hint = FileLock(path.with_name(f".{path.name}.lock")), "wait for it to end"
     for wait in (0, seconds):
         with suppress(Timeout):
             lock.acquire(timeout=wait)
             break
         if wait == seconds:
-            raise UserError(f"{path}: another process is at work there; wait for it to end")
+            # Network drives without locks get a file instead, which names the process and its host.
+            with suppress(OSError):  # Windows does not let others read a locked file
+                if owner := one_line(Path(lock.lock_file).read_text("utf-8")):
+                    hint = f"if {owner} no longer runs, remove {lock.lock_file}"
+            raise UserError(f"{path}: another process is at work there; {hint}")
         print(f"{path}: another process is at work there; waiting for it ...")
     try:
         yield
@@ -74,10 +92,13 @@ def lock_path(path: Path, seconds: float = 0) -> Iterator[None]:
         lock.release()
 
 
-def free_bytes(path: Path) -> int:
-    """Return the free space, in bytes, of the disk where `path` is or will be."""
-    existing = next((p for p in (path, *path.absolute().parents) if p.exists()), None)
-    return shutil.disk_usage(existing).free if existing else 0  # Windows: a drive may not exist
+def progress_bar(
+    total: float | None, done: float = 0, unit: str = "B", hidden: bool = False, **settings
+) -> tqdm:
+    """Return a progress bar, shown on a terminal and in a notebook; by default it counts bytes."""
+    hidden = hidden or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    settings |= {"total": total, "initial": done, "unit": unit, "disable": hidden}
+    return tqdm(unit_scale=unit == "B", leave=unit != "B", **settings)
 
 
 def file_sha256(path: Path) -> str:
@@ -86,11 +107,27 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def encoding_of(start: bytes) -> str:
+    """Return the encoding of a text by the byte order mark at its start; without one, UTF-8."""
+    return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
+
+
+def clean(text: str) -> str:
+    """Return the text in Unicode's form NFC, with \\n at line ends, without control characters."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return unicodedata.normalize("NFC", CONTROL.sub("", text))
+
+
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file without changing its line ends. Raises UserError."""
+    """Return the text of a file, cleaned. Raises UserError if it is in an unknown encoding."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    content = path.read_bytes()
     try:
-        return path.read_bytes().decode("utf-8-sig")  # without the mark that Windows may write
+        text = content.decode(encoding_of(content))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
+        what = f"byte {error.start} (0x{content[error.start]:02x}) is not {error.encoding}"
+        raise UserError(f"{path}: {what}; {CONVERT}") from None
+    if "\0" in text:
+        raise UserError(f"{path}: byte {content.index(0)} is 0, so this is no UTF-8; {CONVERT}")
+    return clean(text)

@@ -54,10 +54,13 @@ def load_model(
 def load_pretrained(name: str) -> tuple[GPT, Tokenizer]:
     """Return the GPT-2 called `name`, on the CPU in float32 with dropout 0, and its tokenizer.
 
-    `name` is a folder; gpt2, gpt2-medium, gpt2-large or gpt2-xl; or owner/name or
-    owner/name@revision on the hub. Rows of the embedding without a token become padding. Raises
-    UserError for an unknown name, a failed download, and a model that GPT can not compute exactly.
+    `name` is the folder of a run or of a model; gpt2, gpt2-medium, gpt2-large or gpt2-xl; or
+    owner/name or owner/name@revision on the hub. Rows of the embedding without a token become
+    padding. Raises UserError for an unknown name, a failed download, and a model that GPT can not
+    compute exactly.
     """
+    if (path := Path(name) / "ckpt.pt").exists():
+        return load_model("resume", name, path.name)[:2]
     hf, safe = import_transformers(), {"trust_remote_code": False, "local_files_only": True}
     strict = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
@@ -121,23 +124,26 @@ def transpose(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def convert_tokenizer(theirs) -> Tokenizer:
     """Return our tokenizer that gives the same ids as one of transformers. Raises UserError.
 
-    The two encode a text with every token. A tokenizer without <|endoftext|> is of characters.
+    The two encode a text with every token. A vocabulary of single characters has one token each.
     """
     try:
         names = sorted(vocab := theirs.get_vocab(), key=vocab.get)
-        if END_OF_TEXT in names:
-            end = names.index(END_OF_TEXT)
-            if not all("pad" in name.lower() for name in names[end + 1 :]):  # never in a text
-                raise ValueError("a token has a higher id than the end of the text")
+        special = {
+            name: vocab[name] for name in {*theirs.get_added_vocab(), END_OF_TEXT} & {*names}
+        }
+        while "pad" in names[-1].lower() and names[-1] in special:  # these never occur in a text
+            del special[names.pop()]
+        plain = [name for name in names if name not in special]
+        if special or max(map(len, plain)) > 1:
             to_byte = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-            ours = BPETokenizer([bytes(map(to_byte.get, name)) for name in names[:end]])
+            ours = BPETokenizer([bytes(map(to_byte.get, name)) for name in plain], special)
             probe = PROBE + ours.decode(range(ours.vocab_size))
         else:
-            ours = CharTokenizer("".join(names))
+            ours = CharTokenizer("".join(plain))
             probe = ours.chars + ours.chars[::-1]
         if ours.encode(probe) != theirs.encode(probe, add_special_tokens=False):
             raise ValueError("the ids differ")
         return ours
     except Exception as error:
-        what = f"one token for each byte, then one for each merge in order, then {END_OF_TEXT}"
+        what = "one token for each byte, then one for each merge in order, and special tokens"
         raise UserError(f"its tokenizer is not like GPT-2's, which has {what}") from error

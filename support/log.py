@@ -24,21 +24,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from support.files import progress_bar
+
 
 class Log:
     """Writes down every figure of a run. In all processes but the first, nothing happens."""
 
     def __init__(
-        self, config, first_step: int, tokens_per_step: int, steps_per_epoch: float, is_first: bool
+        self, config, first_step: int, tokens: int, tokens_per_step: int, n_tokens: int, is_first
     ) -> None:
+        """`tokens` were read before first_step, and train.bin has n_tokens: an epoch."""
         self.last_step, self.log_interval = config.max_iters, config.log_interval
-        self.tokens_per_step, self.steps_per_epoch = tokens_per_step, steps_per_epoch
+        self.first_step, self.first_tokens = first_step, tokens
+        self.tokens_per_step, self.n_tokens = tokens_per_step, n_tokens
         self.path, self.is_first = Path(config.out_dir) / "log.jsonl", is_first
         self.trackers = [Wandb(config)] if config.wandb_log and is_first else []
         if config.tensorboard_log and is_first:
             self.trackers.append(TensorBoard(config, first_step))
-        hidden = not (is_first and sys.stderr.isatty())
-        self.bar = tqdm(total=self.last_step, initial=first_step, unit="step", disable=hidden)
+        self.bar = progress_bar(self.last_step, first_step, "step", hidden=not is_first)
         earlier = []
         if is_first and self.path.exists():
             earlier = [r["seconds"] for r in read_log(self.path) if r["step"] <= first_step]
@@ -53,6 +56,11 @@ class Log:
     def __exit__(self, *_) -> None:
         self.bar.close()
         self._tell_trackers(lambda tracker: tracker.close())
+
+    def epoch(self, step: int) -> float:
+        """Return how often the training data was read in `step` updates."""
+        new = (step - self.first_step) * self.tokens_per_step
+        return (self.first_tokens + new) / self.n_tokens
 
     def training(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
         """Log the update number `step` if it is a multiple of log_interval."""
@@ -103,7 +111,7 @@ class Log:
                     return sys.stdout.flush()  # the line is still in its buffer
 
     def _say_at(self, step: int, words: str) -> None:
-        self.say(f"step {step:6,} | epoch {step / self.steps_per_epoch:5.2f} | {words}")
+        self.say(f"step {step:6,} | epoch {self.epoch(step):5.2f} | {words}")
 
     def _pause(self, step: int) -> None:
         """Do not count the time since the last log line as training."""
@@ -114,7 +122,7 @@ class Log:
         if not self.is_first:
             return
         seconds = round(time.perf_counter() - self.started, 3)
-        record = {"step": step, "epoch": step / self.steps_per_epoch, "seconds": seconds, **figures}
+        record = {"step": step, "epoch": self.epoch(step), "seconds": seconds, **figures}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()

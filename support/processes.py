@@ -22,9 +22,9 @@ class Processes:
     """
 
     def __init__(self, device: str = "auto", backend: str = "auto") -> None:
-        self.distributed = "RANK" in os.environ
-        self.rank = int(os.environ.get("RANK", 0))
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.distributed = bool(os.environ.get("RANK"))
+        self.rank = int(os.environ.get("RANK") or 0)
+        self.count = int(os.environ.get("WORLD_SIZE") or 1) if self.distributed else 1
         self.is_first = self.rank == 0  # the only one that writes and prints
         self.device = resolve_device(device)
         if self.distributed:

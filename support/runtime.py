@@ -3,15 +3,19 @@
 import ctypes
 import os
 import platform
+import re
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from configurator import UserError
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -145,7 +149,11 @@ def explain_out_of_memory(batch_size: int = 0, accumulation: int = 0) -> Iterato
                 f"divide batch_size={batch_size} and multiply gradient_accumulation_steps="
                 f"{accumulation} by the same factor: the result is the same"
             )
-        raise UserError(f"out of memory; {advice}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [f.name for f in frames if Path(f.filename).is_relative_to(ROOT)]
+        amount = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        what = f"out of memory in {ours[-1]}" + (f", for {amount[1]}" if amount else "")
+        raise UserError(f"{what}; {advice}") from error
 
 
 def compile_model(

@@ -50,7 +50,8 @@ def find_start(config, meta: dict, tokenizer: Tokenizer, processes: Processes) -
         if its_tokenizer.to_dict() != tokenizer.to_dict():
             raise UserError(
                 f"data/{config.dataset} was not made with the tokenizer of init_from={origin}; "
-                "prepare a data set with --tokenizer=gpt2 for OpenAI's models"
+                "prepare the text again with --tokenizer=gpt2 for OpenAI's models, otherwise with "
+                "--tokenizer=data/NAME/meta.json of the data set that it was trained on"
             )
         T, weights = min(config.block_size, model.config.block_size), model.state_dict()
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]

@@ -66,21 +66,27 @@ class CharTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level byte pair encoding as in GPT-2 (Radford et al. 2019, section 2.2).
 
-    A token is a string of bytes, its id is its position in `tokens`; the last id is <|endoftext|>.
-    All single bytes are tokens, so any text can be encoded. Every longer token joins two earlier
-    ones, and the pair that gives the lowest id is merged first.
+    A token is a string of bytes. All single bytes are tokens, so any text can be encoded. Every
+    longer token joins two earlier ones, and the pair that gives the lowest id is merged first.
+
+    Special tokens, as <|endoftext|>, are names that stand for no text, with their ids: by default
+    only <|endoftext|>, as the last id. The `tokens` have the other ids, in their order.
     """
 
-    def __init__(self, tokens: list[bytes]) -> None:
+    def __init__(self, tokens: list[bytes], special: dict[str, int] | None = None) -> None:
         self.tokens = tokens
-        self.end_of_text, self.vocab_size = len(tokens), len(tokens) + 1
-        ranks, special = {t: i for i, t in enumerate(tokens)}, {END_OF_TEXT: len(tokens)}
-        if len(ranks) < len(tokens) or not ranks.keys() >= {bytes([i]) for i in range(256)}:
+        self.special = {END_OF_TEXT: len(tokens)} if special is None else special
+        self.end_of_text = self.special.get(END_OF_TEXT)
+        self.vocab_size = len(tokens) + len(self.special)
+        self.ids = sorted({*range(self.vocab_size)} - {*self.special.values()})  # of the tokens
+        ranks = dict(zip(tokens, self.ids, strict=False))
+        complete = len(ranks) == len(self.ids) == len(tokens)
+        if not complete or not ranks.keys() >= {bytes([i]) for i in range(256)}:
             raise UserError(
                 f"BPE tokenizer: a single byte is missing or a token occurs twice; {AGAIN}"
             )
         self.encoding = tiktoken.Encoding(
-            "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
+            "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special
         )
 
     @classmethod
@@ -106,9 +112,9 @@ class BPETokenizer(Tokenizer):
         return cls([encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)])
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a prompt, in which `<|endoftext|>` stands for that token."""
+        """Return the token ids of a prompt, in which special tokens stand for themselves."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates
-        return self._encode(text, {END_OF_TEXT}).tolist()
+        return self._encode(text, set(self.special)).tolist()
 
     def encode_document(self, text: str) -> np.ndarray:
         """Return the token ids of a document (uint32), then <|endoftext|>, which ends it."""
@@ -125,7 +131,9 @@ class BPETokenizer(Tokenizer):
     def to_dict(self) -> dict:
         # Latin-1 maps each byte to one character, so most tokens are readable in meta.json.
         tokens = [token.decode("latin-1") for token in self.tokens]
-        return {"kind": "bpe", "pattern": SPLIT_PATTERN, "tokens": tokens}
+        fields = {"kind": "bpe", "pattern": SPLIT_PATTERN, "tokens": tokens}
+        is_usual = self.special == {END_OF_TEXT: len(tokens)}
+        return fields if is_usual else fields | {"special": self.special}
 
 
 def from_dict(fields: dict) -> CharTokenizer | BPETokenizer:
@@ -135,6 +143,7 @@ def from_dict(fields: dict) -> CharTokenizer | BPETokenizer:
             return CharTokenizer(fields["chars"])
         assert fields["kind"] == "bpe", f"unknown kind {fields['kind']!r:.50}"
         assert fields["pattern"] == SPLIT_PATTERN, "it splits words in another way than GPT-2"
-        return BPETokenizer([token.encode("latin-1") for token in fields["tokens"]])
+        tokens = [token.encode("latin-1") for token in fields["tokens"]]
+        return BPETokenizer(tokens, fields.get("special"))
     except (LookupError, TypeError, AttributeError, AssertionError, UnicodeError) as error:
         raise UserError(f"damaged tokenizer ({one_line(error)[:100]}); {AGAIN}") from error

@@ -23,10 +23,10 @@ from typing import Literal
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from support import runtime
-from support.data import TOKEN, read_meta
+from support.data import open_tokens, read_meta
 from support.files import read_text
 from support.hub import load_model
 from support.tokenizer import BPETokenizer, Tokenizer
@@ -55,29 +55,25 @@ class EvaluateConfig:
 
 def read_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     """Return the token ids of a .txt or .bin file; the first one is context only."""
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         text = read_text(path)
         if isinstance(tokenizer, BPETokenizer):
-            return np.roll(tokenizer.encode_document(text), 1)  # <|endoftext|> moves to the front
+            first = [tokenizer.end_of_text] * (tokenizer.end_of_text is not None)
+            return np.array(first + tokenizer.encode(text))
         return np.array(tokenizer.encode(text), dtype=np.int64)
     if path.suffix != ".bin" or not path.is_file():
         raise UserError(f"{path}: not a .txt or .bin file; choose another with --data")
-    meta, size = path.with_name("meta.json"), path.stat().st_size
+    meta = path.with_name("meta.json")
     if meta.exists() and read_meta(meta)["tokenizer"] != tokenizer.to_dict():
         raise UserError(f"{path}: not made with the model's tokenizer; use the text (.txt)")
-    if size == 0 or size % TOKEN.itemsize:
-        raise UserError(f"{path}: {size} bytes are not uint16 token ids; copy the file again")
-    ids, V = np.memmap(path, dtype=TOKEN, mode="r"), tokenizer.vocab_size
-    if (largest := int(ids.max())) >= V:
-        raise UserError(f"{path}: token id {largest} is not one of the model's {V}; use the text")
-    return ids
+    return open_tokens(path, tokenizer.vocab_size).open()
 
 
 def count_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
-    """Return the UTF-8 bytes of the text behind `ids`; <|endoftext|> has none."""
+    """Return the UTF-8 bytes of the text behind `ids`; special tokens have none."""
     lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
     if isinstance(tokenizer, BPETokenizer):
-        lengths[tokenizer.end_of_text] = 0
+        lengths[list(tokenizer.special.values())] = 0
     return sum(int(lengths[part].sum()) for part in np.array_split(ids, len(ids) // 2**20 + 1))
 
 

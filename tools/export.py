@@ -84,10 +84,14 @@ def export_tokenizer(hf, ours: Tokenizer):
 
     if isinstance(ours, BPETokenizer):
         tokens = [token.decode("latin-1").translate(hub.BYTE_TO_CHAR) for token in ours.tokens]
-        vocab = {token: i for i, token in enumerate([*tokens, END_OF_TEXT])}
+        vocab = dict(zip(tokens, ours.ids, strict=True)) | ours.special
         # Every way to join two tokens to a third one, in the order of the third, as in tiktoken.
         pairs = ((t[:i], t[i:]) for t in tokens for i in range(1, len(t)))
-        return hf.GPT2Tokenizer(vocab, [pair for pair in pairs if vocab.keys() >= {*pair}])
+        merges = [pair for pair in pairs if vocab.keys() >= {*pair}]
+        end = END_OF_TEXT if END_OF_TEXT in ours.special else None
+        theirs = hf.GPT2Tokenizer(vocab, merges, unk_token=end, bos_token=end, eos_token=end)
+        theirs.add_tokens(list(ours.special), special_tokens=True)
+        return theirs
     # An unk_token outside the vocabulary makes an unknown character an error, as it is here.
     backend = Backend(models.WordLevel(ours.ids, unk_token=""))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

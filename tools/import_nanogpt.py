@@ -1,5 +1,8 @@
 """Turn a checkpoint of nanoGPT (https://github.com/karpathy/nanoGPT) into one of ours.
 
+Those of build-nanogpt (https://github.com/karpathy/build-nanogpt) have no optimizer's state: a run
+can begin with their weights, --init_from=out/imported.
+
     python -m tools.import_nanogpt --checkpoint=../nanoGPT/out/ckpt.pt --out_dir=out/imported
     python sample.py --out_dir=out/imported
     python train.py their_config.py --out_dir=out/imported --init_from=resume
@@ -7,6 +10,7 @@
 The optimizer's state comes along, so the resumed run takes the step that nanoGPT would have taken.
 """
 
+import math
 import zipfile
 from configurator import UserError, configure, one_line, run
 from dataclasses import dataclass
@@ -30,23 +34,44 @@ class ImportConfig:
     out_dir: str = "out/imported"  # folder of the new run
 
 
+class BuildConfig:
+    """Stands for build-nanogpt's class GPTConfig, of which its checkpoints contain an object."""
+
+
+def read(path: Path) -> dict:
+    """Return the content of a checkpoint by nanoGPT, or of one by build-nanogpt in its form."""
+    with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums inside
+        assert not archive.testzip(), "a checksum inside is wrong; take another copy of it"
+    names = [(BuildConfig, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2", "model")]
+    with torch.serialization.safe_globals(names):
+        theirs = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(theirs.get("config"), BuildConfig):
+        arguments = vars(theirs["config"]) | {"gelu": "tanh"}
+        theirs = {"model": theirs["model"], "iter_num": theirs["step"], "config": {"dataset": ""}}
+        theirs |= {"model_args": arguments, "best_val_loss": math.inf, "optimizer": None}
+    assert theirs.keys() >= {"model_args", "iter_num"}, "it is not nanoGPT's"
+    return theirs
+
+
 def convert(theirs: dict) -> Checkpoint:
     """Return nanoGPT's checkpoint as ours. Nothing is known of its data set's checksums."""
-    arguments, options = theirs["model_args"], theirs["config"]
+    arguments, options = {"gelu": "exact"} | theirs["model_args"], theirs["config"]
     if arguments["vocab_size"] == 50304:  # GPT-2's tokens, padded to a multiple of 64
         arguments = arguments | {"vocab_size": 50257, "pad_vocab_to": 50304}
     # torch.compile adds a prefix, and without flash attention nanoGPT stores the causal masks, too.
     weights = {name.removeprefix("_orig_mod."): w for name, w in theirs["model"].items()}
     weights = {name: w for name, w in weights.items() if not name.endswith(".attn.bias")}
-    shape = GPTConfig(**arguments, gelu="exact")
+    shape = GPTConfig(**arguments)
     model = build_model(shape, weights)
     # An optimizer numbers its parameters. nanoGPT's order: all matrices, then all vectors.
     parameters = list(model.parameters())
     their_order = [p for p in parameters if p.dim() >= 2] + [p for p in parameters if p.dim() < 2]
-    (optimizer,) = make_optimizers(model, TrainConfig(optimizer="adamw"), torch.float32)
-    our_order = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers, state = {p: i for i, p in enumerate(our_order)}, theirs["optimizer"]["state"]
+    (adamw,) = make_optimizers(model, TrainConfig(optimizer="adamw"), torch.float32)
+    our_order = [p for group in adamw.param_groups for p in group["params"]]
+    numbers, optimizer = {p: i for i, p in enumerate(our_order)}, theirs["optimizer"]
+    state = optimizer["state"] if optimizer else {}
     moments = {numbers[p]: state[i] for i, p in enumerate(their_order) if i in state}
+    each = options.get("batch_size", 0) * options.get("gradient_accumulation_steps", 1)
     return Checkpoint(
         shape,
         model.state_dict(),
@@ -54,9 +79,10 @@ def convert(theirs: dict) -> Checkpoint:
         train_config=options | {"optimizer": "adamw"},
         dataset={},
         step=theirs["iter_num"],
+        tokens=theirs["iter_num"] * each * shape.block_size,
         best_val_loss=float(theirs["best_val_loss"]),
         evaluated_step=theirs["iter_num"],  # nanoGPT saves after an evaluation
-        optimizers=[{"state": moments}],
+        optimizers=[{"state": moments}] if optimizer else None,
         scaler={},
     )
 
@@ -79,11 +105,7 @@ def main(config: ImportConfig) -> None:
     if any((out_dir / name).exists() for name in ("ckpt.pt", "best.pt")):
         raise UserError(f"{out_dir} has a checkpoint; choose another --out_dir")
     try:
-        with zipfile.ZipFile(source) as archive:  # torch.load does not verify the checksums inside
-            assert not archive.testzip(), "a checksum inside is wrong; take another copy of it"
-        theirs = torch.load(source, map_location="cpu", weights_only=True)
-        assert theirs.keys() >= {"model_args", "iter_num"}, "it is not nanoGPT's"
-        checkpoint = convert(theirs)
+        checkpoint = convert(read(source))
     except Exception as error:  # a damaged or foreign file can raise anything
         raise UserError(f"{source}: can not be imported: {one_line(error)[:300]}") from error
     save_checkpoint(out_dir / "ckpt.pt", checkpoint)

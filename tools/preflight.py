@@ -9,6 +9,7 @@ the checks need no more memory than the run itself.
 import itertools
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from configurator import UserError, configure, run
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from torch import Tensor
 from model import GPT
 from support import runtime
 from support.data import eval_parts, open_dataset
-from support.files import file_sha256, free_bytes
+from support.files import file_sha256
 from support.optimizers import make_optimizers
 from support.processes import Processes
 from support.start import OWN, find_start
@@ -69,6 +70,12 @@ def check_data(tokens: list, sha256: dict, batches: list, decode: Callable) -> I
     changed = [name for name in sha256 if file_sha256(paths[name]) != sha256[name]]
     changed += [t.path.name for t in tokens if len(t.open()) != len(t)]  # read as another type
     yield "files", not changed, f"different from meta.json: {' and '.join(changed) or 'none'}"
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space, in bytes, of the disk where `path` is or will be."""
+    existing = next((p for p in (path, *path.absolute().parents) if p.exists()), None)
+    return shutil.disk_usage(existing).free if existing else 0  # Windows: a drive may not exist
 
 
 def check_model(model: GPT, x: Tensor, y: Tensor, dtype: torch.dtype, out_dir: Path) -> Iterator:

@@ -7,7 +7,7 @@ from configurator import UserError
 import pytest
 
 from support import files
-from support.files import atomic_write, file_sha256, free_bytes, lock_path, read_text
+from support.files import atomic_write, file_sha256, lock_path, read_text
 
 
 def write(path, content: bytes, error: BaseException | None = None) -> None:
@@ -84,14 +84,14 @@ def test_on_windows_a_write_waits_for_the_readers_of_the_file(
         assert not list(tmp_path.iterdir()) and len(waits) == (5 if system == "Windows" else 0)
 
 
-def test_free_space_checksums_and_texts(tmp_path):
-    assert free_bytes(tmp_path / "not" / "yet") > 0
+def test_checksums_and_texts(tmp_path):
     path, content = tmp_path / "file", "\ufeffnaïve\r\n日本\n".encode()
     path.write_bytes(content)
     assert file_sha256(path) == hashlib.sha256(content).hexdigest()
-    assert read_text(path) == "naïve\r\n日本\n"
-    path.write_bytes(b"abc\xe9")
-    with pytest.raises(UserError, match="file: byte 3 is not UTF-8; convert the file"):
-        read_text(path)
+    assert read_text(path) == "naïve\n日本\n"
+    for content, byte in ((b"abc\xe9", "3 .0xe9. is not utf-8"), ("\x00日".encode(), "0 is 0")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"file: byte {byte}.*; convert it, as in: iconv"):
+            read_text(path)
     with pytest.raises(UserError, match="none: no such file"):
         read_text(tmp_path / "none")
