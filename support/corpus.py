@@ -64,7 +64,7 @@ def read_documents(path: Path, column: str, counts: Counter) -> Iterator[str]:
             if broken := BROKEN.search(row):
                 text = row[max(0, broken.start() - 20) : broken.start()]
                 first = first or f"byte 0x{ord(broken[0]) & 0xFF:02x} after {text!r}"
-                row, n = BROKEN.subn("\ufffd", row)
+                row, n = BROKEN.subn(lambda match: "\ufffd" * (match[0] > "\0"), row)
                 n_broken, counts[MENDED] = n_broken + n, counts[MENDED] + n
                 check_encoding(path, n_broken, max(n_characters, 10_000_000), first)
             yield from filter(None, END.split(row))

@@ -84,8 +84,8 @@ def assert_same_as_naive(folder: Path, documents: list[str], min_chars: int = 20
     """Assert that the token files are those that the simplest loop makes of the documents."""
     meta = read_meta(folder)
     encoding = tokenizer.from_dict(meta["tokenizer"]).encoding
-    seen, ids, val_bytes = set(), {"train": [], "val": []}, 0
-    for text in documents:
+    seen, ids = set(), {"train": [], "val": []}
+    for text in "<|endoftext|>".join(documents).split("<|endoftext|>"):
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
         text = unicodedata.normalize("NFC", text)
@@ -95,7 +95,12 @@ def assert_same_as_naive(folder: Path, documents: list[str], min_chars: int = 20
         seen.add(digest)
         chosen = int.from_bytes(digest, "little") / 2**64 < 0.1
         ids["val" if chosen else "train"] += [*encoding.encode_ordinary(text), encoding.eot_token]
-        val_bytes += len(text.encode()) * chosen
+    short = round(0.1 * (len(ids["train"]) + len(ids["val"]))) - len(ids["val"])
+    if abs(short) > (short + len(ids["val"])) / 4:  # the share is far from a tenth
+        taker, giver = ("val", "train") if short > 0 else ("train", "val")
+        ids[taker] += ids[giver][-abs(short) :]
+        ids[giver] = ids[giver][: -abs(short)]
+    val_bytes = len(encoding.decode([i for i in ids["val"] if i != encoding.eot_token]).encode())
     for name, expected in ids.items():
         assert np.fromfile(folder / f"{name}.bin", "<u2").tolist() == expected
         assert meta[f"{name}_tokens"] == len(expected)
@@ -108,14 +113,15 @@ def test_the_token_files_equal_those_of_a_plain_loop(hub, capsys):
     assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
     assert not list(Path("data/cache").rglob("*.parquet"))
     counts = read_meta(folder)["source"]["documents"]
-    assert counts["read"] == 600 and counts["dropped: shorter than min_chars"] >= 1
+    assert counts["read"] == 601 and counts["dropped: shorter than min_chars"] >= 1
     # One copy is in the same shard, one in a later shard.
     assert counts["dropped: the same as an earlier one"] == 2
-    assert counts["mended: control characters"] == counts["mended: not in Unicode's form NFC"] == 1
-    assert sum(n for name, n in counts.items() if name.startswith(("kept", "dropped"))) == 600
+    assert counts["cleaned: line ends, control characters, form NFC"] == 2
+    assert counts["skipped: rows without a text"] == 6
+    assert sum(n for name, n in counts.items() if name.startswith(("kept", "dropped"))) == 601
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "training a tokenizer of 400 tokens on up to 32 MB of text ..."
-    assert printed[-1].startswith("documents: 600 read; 1 mended: ") and len(printed) == 9
+    assert printed[-1].startswith("documents: 601 read; 2 cleaned: ") and len(printed) == 9
 
 
 def test_the_tokenizer_is_trained_by_rustbpe_on_the_first_documents(hub, monkeypatch):
@@ -123,7 +129,7 @@ def test_the_tokenizer_is_trained_by_rustbpe_on_the_first_documents(hub, monkeyp
     config = prepare.PrepareConfig(val_fraction=0.1)
     sample = list(prepare.training_sample(config, prepare.list_shards(config)[0]))
     assert 50_000 <= sum(len(text.encode()) for text in sample) < 60_000
-    texts = [corpus.clean(text.encode(), Counter()) for text in hub[:100]]
+    texts = [corpus.clean(text) for text in "<|endoftext|>".join(hub[:100]).split("<|endoftext|>")]
     texts = [t for t in texts if len(t) >= 200 and not corpus.hash_document(t.encode(), 0.1)[1]]
     assert "".join(texts).startswith("".join(sample))
     Path("word.jsonl").write_text(json.dumps({"text": "x" * 10**6}))  # rustbpe needs much memory
@@ -153,7 +159,10 @@ def test_shards_come_one_at_a_time_and_none_beyond_the_size(hub, server, monkeyp
 
 def test_the_size_does_not_change_which_documents_are_for_validation(hub):
     first = run(dataset="first") / "meta.json"
-    small, large = (run(size=s, dataset=s, tokenizer=str(first)) for s in ("150KB", "all"))
+    small, large = (
+        run(size=size, dataset=size, tokenizer=str(first), val_fraction=0.3)
+        for size in ("300KB", "all")
+    )
     assert read_meta(small)["tokenizer"] == read_meta(first.parent)["tokenizer"]
     for name in ("train.bin", "val.bin"):
         few, many = ((folder / name).read_bytes() for folder in (small, large))
@@ -289,7 +298,7 @@ PLACES = {  # owner, function, which call, error, how many shards are saved then
     "the first download": (prepare, "download", 1, KILL, None),
     "the tokenizer": (tokenizer.BPETokenizer, "train", 1, KILL, None),
     "the first shard": (corpus.Writer, "add_shard", 1, KILL, 0),
-    "a document of the third shard": (corpus, "clean", 600 + 250, KILL, 2),
+    "a document of the third shard": (corpus, "clean", 250, KILL, 2),
     "a full disk": (corpus.Writer, "save", 4, FULL, 2),
     "progress.json": (corpus, "atomic_write", 4, KILL, 2),
     "the first new name": (corpus, "replace", 1, KILL, 6),
@@ -390,17 +399,83 @@ def test_an_interrupted_run_refuses_other_options_and_changed_files(half_done, c
     assert "was prepared with other values of inputs; preparing it again" in capsys.readouterr().out
 
 
+class Recorder:
+    """Calls a function and remembers its arguments."""
+
+    def __init__(self, function) -> None:
+        self.function, self.calls = function, []
+
+    def __call__(self, *args):
+        self.calls.append(args)
+        return self.function(*args)
+
+
+def test_an_input_that_was_corrected_after_an_error_continues(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus, "SAVE_BYTES", 1)
+    Path("texts").mkdir()
+    for n in range(3):
+        lines = [json.dumps({"text": d}) for d in make_documents(60, seed=n)]
+        Path(f"texts/{n}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    whole = Path("texts/1.jsonl").read_text(encoding="utf-8")
+    expected = contents(run(input="texts", dataset="whole"))
+    Path("texts/1.jsonl").write_text(whole.replace('{"text"', '{text"', 1), encoding="utf-8")
+    first = "data/whole/meta.json"  # a new tokenizer would meet the error before anything else
+    with pytest.raises(UserError, match=r"1.jsonl: line 1 is not JSON"):
+        run(input="texts", dataset="mine", tokenizer=first)
+    assert json.loads(Path("data/mine/progress.json").read_text(encoding="utf-8"))["shards"] == 1
+    Path("texts/1.jsonl").write_text(whole, encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "read_documents", read := Recorder(corpus.read_documents))
+        assert contents(run(input="texts", dataset="mine", tokenizer=first))[:2] == expected[:2]
+    assert [path.name for path, *_ in read.calls] == ["1.jsonl", "2.jsonl"]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.4])
+@pytest.mark.parametrize("n_documents", [1, 2, 11])
+def test_few_documents_give_the_share_that_one_asked_for(tmp_path, monkeypatch, share, n_documents):
+    monkeypatch.chdir(tmp_path)
+    texts = make_documents(60)[7:]
+    for order in range(4):
+        random.Random(order).shuffle(texts)
+        step = -(-len(texts) // n_documents)
+        documents = ["\n".join(texts[i : i + step]) for i in range(0, len(texts), step)]
+        lines = [json.dumps({"text": document}) for document in documents]
+        Path(f"{order}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        folder = run(input=f"{order}.jsonl", dataset=f"d{order}", val_fraction=share)
+        train, val = (np.fromfile(folder / f"{name}.bin", "<u2") for name in ("train", "val"))
+        assert 0.74 * share <= len(val) / (len(train) + len(val)) <= 1.26 * share
+        meta = read_meta(folder)
+        encoding = tokenizer.from_dict(meta["tokenizer"]).encoding
+        written = [
+            encoding.decode_bytes(ids[ids != encoding.eot_token].tolist()) for ids in (train, val)
+        ]
+        assert meta["val_bytes"] == len(written[1])
+        assert Counter(b"".join(written)) == Counter("".join(documents).encode())  # nothing is lost
+
+
+def test_links_are_followed_and_what_is_left_out_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder, name in (("a", "x.txt"), ("b", "y.TXT"), ("b", "notes.md")):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, name).write_text(name, encoding="utf-8")
+    Path("a/more").symlink_to("../b")
+    Path("b/back").symlink_to("../a")
+    shards, _ = prepare.list_shards(prepare.PrepareConfig(input="a"))
+    assert list(shards) == [Path("a/more/y.TXT"), Path("a/x.txt")]
+    assert capsys.readouterr().out == "a: left out, of other formats: notes.md\n"
+
+
 MISTAKES = [
     ({"input": "none.txt"}, "input=none.txt: no such file"),
-    ({"input": "a.csv"}, "input=a.csv: no such file, or no .parquet"),
-    ({"input": "folder"}, "input=folder: no such file, or no .parquet"),
+    ({"input": "a.pdf"}, "input=a.pdf: no such file, or of another format.*pandoc"),
+    ({"input": "folder"}, "input=folder: no such file, or of another format"),
     ({"input": "empty.parquet"}, "empty.parquet: not readable"),
-    ({"input": "empty.jsonl"}, "too few documents"),
+    ({"input": "empty.jsonl"}, "no text is left for data"),
     ({"input": "broken.txt.gz"}, "broken.txt.gz: not readable .*is it whole"),
-    ({"input": "bad.jsonl"}, "line 2 is not JSON with a text 'text'"),
+    ({"input": "bad.jsonl"}, "line 2 is not JSON"),
     ({"column": "body"}, "--column=body is not a text column among .*'id': 'int64', 'text': 'str"),
     ({"column": "id"}, "--column=id is not a text column"),
-    ({"val_fraction": 1e-9}, "raise --val_fraction"),
     ({"min_chars": 10**6}, "lower --min_chars"),
     ({"tokenizer": "none.json"}, "none.json: no such file"),
     ({"tokenizer": "data/tiny/meta.json"}, "not BPE with at most 65,536 tokens"),
@@ -417,7 +492,7 @@ MISTAKES = [
 @pytest.mark.parametrize("options, words", MISTAKES, ids=str)
 def test_a_mistake_ends_in_one_line(dataset, options, words):
     Path("folder").mkdir()
-    for name in ("a.csv", "empty.parquet", "empty.jsonl"):
+    for name in ("a.pdf", "empty.parquet", "empty.jsonl"):
         Path(name).write_bytes(b"")
     Path("broken.txt.gz").write_bytes(gzip.compress(b"some text\n" * 50)[:-20])
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text"\n', encoding="utf-8")
@@ -425,7 +500,7 @@ def test_a_mistake_ends_in_one_line(dataset, options, words):
     with pytest.raises(UserError, match=words) as error:
         run(**{"input": "good.parquet", "dataset": "mine"} | options)
     assert "\n" not in str(error.value) and not Path("data/mine/meta.json").exists()
-    if "too few" in str(error.value):  # put right, the same command works
+    if "no text" in str(error.value):  # put right, the same command works
         run(dataset="mine", input="good.parquet")
 
 
@@ -444,7 +519,8 @@ def test_a_damaged_file_gives_documents_or_one_line(tmp_path, suffix):
         damages = content[:at], content[:at] + flipped + content[at + 1 :], draw.randbytes(300)
         path.write_bytes(damages[n % 3])
         try:
-            assert all(isinstance(d, bytes) for d in corpus.read_documents(path, "text"))
+            documents = corpus.read_documents(path, "text", Counter())
+            assert all(isinstance(document, str) for document in documents)
         except UserError as error:
             assert "\n" not in str(error) and f"some{suffix}: " in str(error)
 

@@ -1,73 +1,138 @@
-"""Reading and cleaning of documents; tests/test_prepare_openweb.py has the tests of the writer."""
+"""Reading of documents; tests/test_prepare_openweb.py has the tests of the writer."""
 
-import unicodedata
+import json
 from collections import Counter
 from configurator import UserError
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from support.corpus import clean, hash_document, read_documents
+from support.corpus import MENDED, hash_document, read_documents
+
+TEXTS = ["first, text", 'a "second"\nof two lines', "3rd"]
+
+
+def read(path: Path, column: str = "text") -> tuple[list[str], Counter]:
+    """Return the documents of a file, and the counts."""
+    return list(read_documents(path, column, counts := Counter())), counts
 
 
 def test_a_long_text_file_is_split_at_ends_of_lines(tmp_path):
     lines = [f"line {i} of a long book\n" for i in range(20_000)]
     (tmp_path / "book.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
-    documents = [d.decode() for d in read_documents(tmp_path / "book.txt", "text")]
+    documents, _ = read(tmp_path / "book.txt")
     assert "".join(documents) == "".join(lines) and len(documents) > 4
-    assert all(d.endswith("\n") and len(d) < 100_100 for d in documents if d)
+    assert all(d.endswith("\n") and len(d) <= 100_000 for d in documents)
 
 
 def test_a_line_that_never_ends_is_not_read_at_once(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 250_000, encoding="utf-8")
-    lengths = [len(d) for d in read_documents(tmp_path / "a.txt", "text")]
-    assert lengths == [100_000, 100_000, 50_000]
+    assert [len(d) for d in read(tmp_path / "a.txt")[0]] == [100_000, 100_000, 50_000]
 
 
-def test_the_end_of_text_line_ends_a_document_and_a_byte_order_mark_is_no_text(tmp_path):
-    content = "\ufeffone\r\ntwo\r\n<|endoftext|>\nthree <|endoftext|>\n<|endoftext|>\r\nfour"
-    (tmp_path / "a.txt").write_bytes(content.encode() + b" \xff")
-    documents = [b"one\r\ntwo\r\n", b"three <|endoftext|>\n", b"four \xff"]
-    assert list(read_documents(tmp_path / "a.txt", "text")) == documents
-    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "text"}\n'.encode())
-    assert list(read_documents(tmp_path / "a.jsonl", "text")) == [b"text"]
+@pytest.mark.parametrize("before", [3, 99_990, 99_995, 100_000, 199_995])
+def test_the_end_of_text_separates_documents_anywhere(tmp_path, before):
+    content = "x" * before + "<|endoftext|>two\r\n<|endoftext|>\r\n<|endoftext|>three"
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    documents, _ = read(tmp_path / "a.txt")
+    assert documents[-2:] == ["two\r\n", "three"] and "".join(documents[:-2]) == "x" * before
+    if before < 100_000:
+        assert len(documents) == 3
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": content}))
+    assert read(tmp_path / "a.jsonl")[0] == ["x" * before, "two\r\n", "three"]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
-def test_missing_texts_in_a_parquet_file_are_skipped(tmp_path, kind):
-    table = pa.table({"text": pa.array(["a", None, "", "b"] * 100, kind), "id": range(400)})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=30)
-    assert list(read_documents(tmp_path / "a.parquet", "text")) == [b"a", b"", b"b"] * 100
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_names_the_encoding(tmp_path, encoding):
+    text = "caf\u00e9 \u4f60"
+    for name, content in (("a.txt", text), ("a.jsonl", f'{{"text": "{text}"}}')):
+        (tmp_path / name).write_text(content, encoding=encoding)
+        assert read(tmp_path / name)[0] == [text]
 
 
-@pytest.mark.parametrize(
-    "line", ["[" * 9**5, "{", "[]", "7", '"text"', '{"text": 7}', '{"a": "b"}']
-)
-def test_a_jsonl_line_without_text_is_named(tmp_path, line):
-    (tmp_path / "a.jsonl").write_text(f'{{"text": "first \\ud800"}}\n\n{line}\n')
-    documents = read_documents(tmp_path / "a.jsonl", "text")
-    assert next(documents) == b"first \xed\xa0\x80"
-    with pytest.raises(UserError, match="line 3 is not JSON with a text 'text'; use --column"):
+def test_single_bad_characters_are_mended_and_counted_and_many_are_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one \xff two \xe9t\xe9 \0" + b"x" * 5000)
+    documents, counts = read(path)
+    assert documents[0].startswith("one \ufffd two \ufffdt\ufffd x") and counts == {MENDED: 4}
+    path.write_bytes(("un caf\xe9 noir, " * 50).encode("latin-1"))
+    with pytest.raises(UserError, match=r"50 char.* byte 0xe9 after 'un caf'.*iconv"):
+        read(path)
+    path.write_bytes("text without a mark".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"19 characters .* byte 0x00 after 't'"):
+        read(path)
+
+
+KINDS = {
+    "string": pa.array([*TEXTS, None], pa.string()),
+    "large_string": pa.array([*TEXTS, None], pa.large_string()),
+    "string_view": pa.array([*TEXTS, None], pa.string_view()),
+    "binary": pa.array([*(text.encode() for text in TEXTS), None], pa.binary()),
+    "dictionary": pa.array([*TEXTS, None]).dictionary_encode(),
+    "null": pa.nulls(4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_give_the_texts_of_every_type_and_skip_missing_ones(tmp_path, kind):
+    table = pa.table({"id": range(4), "text": KINDS[kind]})
+    pq.write_table(table, tmp_path / "a.PARQUET")
+    for name, make in (("a.arrow", pa.ipc.new_file), ("b.arrow", pa.ipc.new_stream)):
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, make(sink, table.schema) as writer:
+            writer.write_table(table)
+    for path in tmp_path.iterdir():
+        documents, counts = read(path)
+        assert documents == (TEXTS if kind != "null" else [])
+        assert counts["skipped: rows without a text"] == 4 - len(documents)
+
+
+ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+FILES = {
+    "a.jsonl": LINES,
+    "a.NDJSON": LINES,
+    "a.json": LINES,
+    "array.json": json.dumps(ROWS),
+    "pretty.json": json.dumps(ROWS, indent=2),
+    "strings.json": json.dumps(TEXTS),
+    "a.csv": 'id,text\n0,"first, text"\n1,"a ""second""\nof two lines"\n2,3rd\n',
+    "semicolons.csv": 'text;id\nfirst, text;0\n"a ""second""\nof two lines";1\n3rd;2\n',
+    "a.tsv": 'id\ttext\n0\tfirst, text\n1\t"a ""second""\nof two lines"\n2\t3rd\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("compression", ["", ".gz", ".bz2", ".zst"])
+def test_rows_of_text_formats_compressed_or_not(tmp_path, name, compression):
+    path, codec = tmp_path / (name + compression), {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+    with pa.output_stream(str(path), compression=codec.get(compression)) as file:
+        file.write(FILES[name].encode())
+    assert read(path) == (TEXTS, Counter())
+
+
+@pytest.mark.parametrize("row", ["[]", "7", "null", '{"text": 7}', '{"text": null}', '{"a": "b"}'])
+def test_a_row_without_a_text_is_skipped_and_counted(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(f"{LINES}\n{row}\n{LINES}")
+    documents, counts = read(tmp_path / "a.jsonl")
+    assert documents == TEXTS * 2 and counts["skipped: rows without a text"] == 1
+
+
+@pytest.mark.parametrize("line", ["[" * 9**5, "{", '{"text": "cut'])
+def test_a_line_that_is_not_json_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "first"}}\n\n{line}\n')
+    documents = read_documents(tmp_path / "a.jsonl", "text", Counter())
+    assert next(documents) == "first"
+    with pytest.raises(UserError, match=r"a.jsonl: line 3 is not JSON .*run the same "):
         next(documents)
 
 
-@given(st.text())
-def test_clean_text_has_form_nfc_and_no_control_characters(text):
-    cleaned = clean(text.encode(), Counter())
-    assert cleaned == unicodedata.normalize("NFC", cleaned)
-    assert not [c for c in cleaned if unicodedata.category(c) == "Cc" and c not in "\n\t"]
-    assert clean(cleaned.encode(), Counter()) == cleaned
-
-
-def test_what_clean_repairs_is_counted():
-    counts = Counter()
-    assert clean(b"a\r\nb\rc\x00 e\xcc\x81 \xff", counts) == "a\nb\nc \u00e9 \ufffd"
-    assert set(counts.values()) == {1} and len(counts) == 3
-    assert clean("right: \ufffd".encode(), counts) == "right: \ufffd"
-    assert set(counts.values()) == {1} and len(counts) == 3
+def test_a_column_that_no_row_has_is_named(tmp_path):
+    for name in ("a.csv", "a.jsonl"):
+        (tmp_path / name).write_text(FILES[name])
+        with pytest.raises(UserError, match=f"{name}: --column=body is not one of id, text"):
+            read(tmp_path / name, "body")
 
 
 def test_a_larger_share_for_validation_contains_a_smaller_one():

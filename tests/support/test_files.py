@@ -2,12 +2,15 @@
 
 import hashlib
 import os
+import unicodedata
 from configurator import UserError
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from support import files
-from support.files import atomic_write, file_sha256, lock_path, read_text
+from support.files import atomic_write, clean, file_sha256, lock_path, read_text
 
 
 def write(path, content: bytes, error: BaseException | None = None) -> None:
@@ -95,3 +98,12 @@ def test_checksums_and_texts(tmp_path):
             read_text(path)
     with pytest.raises(UserError, match="none: no such file"):
         read_text(tmp_path / "none")
+
+
+@given(st.text())
+def test_clean_text_has_form_nfc_and_no_control_characters(text):
+    cleaned = clean(text)
+    assert cleaned == unicodedata.normalize("NFC", cleaned)
+    assert not [c for c in cleaned if unicodedata.category(c) == "Cc" and c not in "\n\t"]
+    assert clean(cleaned) == cleaned
+    assert clean("a\r\nb\rc\x00 e\u0301") == "a\nb\nc \u00e9"
