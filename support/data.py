@@ -53,7 +53,7 @@ class Tokens:
         size = path.stat().st_size
         self.length, rest = divmod(size, TOKEN.itemsize)
         if rest or not self.length:
-            raise UserError(f"{path}: {size:,} bytes are no uint16 token ids; {PREPARE}")
+            raise UserError(f"{path}: {size:,} bytes are not uint16 token ids; {PREPARE}")
 
     def __len__(self) -> int:
         return self.length
@@ -120,8 +120,9 @@ def guess_layout(ids: np.ndarray, vocab_size: int) -> tuple[np.dtype, int]:
     start = start[offset // TOKEN.itemsize :]
     if len(start) < 64 or not start.any():
         return TOKEN, offset
+    content = start.tobytes()
     for dtype in map(np.dtype, ("<u8", ">u8", "<u4", ">u4")):  # they leave zeros beside each id
-        if np.frombuffer(start[: len(start) // 4 * 4].tobytes(), dtype).max() < 1 << 16:
+        if np.frombuffer(content[: len(content) // 8 * 8], dtype).max() < 1 << 16:
             return dtype, offset
     is_big_endian = start.max() >= vocab_size > start.byteswap().max()
     return np.dtype(">u2") if is_big_endian else TOKEN, offset

@@ -1,10 +1,13 @@
 """Options from a dataclass, config files and the command line."""
 
+import os
 import re
+import runpy
 import subprocess
 import sys
-from configurator import UserError, check_range, configure, read_options, run
+from configurator import UserError, check_range, configure, quote, read_options, run
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -101,6 +104,7 @@ def test_config_file_may_import_compute_and_see_current_values(config_file):
         ("-steps=3", ["-steps=3: there is no option '-steps'; did you mean 'steps'?"]),
         ("--steps=True", ["steps is True but must be an integer"]),
         ("--steps", ["--steps needs a value, as in --steps=10"]),
+        ("--local-rank=0", ["no option 'local-rank'; start with torchrun"]),
         ("--rate=fast", ["rate is 'fast' but must be a number"]),
         ("--rate=1e999", ["rate is inf but must be a number"]),
         ("--rate=" + "-" * 99_999 + "1", ["rate", "a number"]),
@@ -113,6 +117,7 @@ def test_config_file_may_import_compute_and_see_current_values(config_file):
         ("missing.py", ["missing.py: no such config file"]),
         ("To be, " * 99, ["To be, "]),  # too long for a name of a file
         ({"name = 3"}, ["c.py: name is 3 but must be text"]),
+        ({"stamp = 3"}, ["c.py: there is no option 'stamp'", "begin a name of your own with _"]),
         ({"rate = float('nan')"}, ["c.py: rate is nan but must be a number"]),
         ({"steps = = 3"}, ["c.py: SyntaxError", "line 1"]),
         ({"steps = 1 / 0"}, ["c.py: ZeroDivisionError"]),
@@ -130,6 +135,36 @@ def test_a_mistake_is_one_line_with_exit_code_2(arg, words, config_file, capsys)
     assert all(word in captured.err for word in words), captured.err
 
 
+def test_what_a_shell_passes_is_understood(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")  # of Windows
+    more = read_options(MoreOptions, ["--steps", "5", "--flag", "--prompt=\\n\\n", "--name", "~/a"])
+    assert (more.steps, more.flag, more.prompt, more.name) == (5, True, "\n\n", "/home/me/a")
+    assert not read("--flag", "False").flag and read("--name=a\\new").name == "a\\new"
+    with pytest.raises(UserError, match="--steps needs a value"):
+        read("--steps", "--flag")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="cmd.exe has no head")
+def test_help_may_be_cut_by_head():
+    command = f"{sys.executable} {ROOT / 'train.py'} --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout == "Train a GPT.\n" and done.stderr == ""
+
+
+def test_an_old_python_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 1))
+    monkeypatch.setattr(sys, "version", "3.10.1 (main)")
+    with pytest.raises(
+        SystemExit, match=r"^error: this is Python 3\.10\.1; use Python 3\.11 or newer$"
+    ):
+        runpy.run_path(str(ROOT / "configurator.py"))
+
+
+def test_a_path_is_quoted_where_a_command_needs_it():
+    assert [quote(Path(p)) for p in ("out/a-1.b", "my runs/a")] == ["out/a-1.b", '"my runs/a"']
+
+
 @pytest.mark.parametrize("columns", [75, 80, 120])
 def test_help_lists_own_and_inherited_options_and_fits_the_terminal(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -142,7 +177,8 @@ def test_help_lists_own_and_inherited_options_and_fits_the_terminal(columns, mon
     assert " ".join(printed.split()).endswith(
         "first heading: --steps=10 how many --rate=0.5 how fast --name=a what it is called "
         "second heading: --flag=False whether --limit=None at most this many "
-        "--mode=soft which way --compile=auto or not third heading: "
+        "--mode=soft which way (soft, hard) --compile=auto or not (True, False, auto) "
+        "third heading: "
         r"--prompt=\n a text; it is longer than one line of a narrow terminal: --prompt=text"
     )
 

@@ -66,8 +66,8 @@ DAMAGES = [
     ("ckpt.pt", edit(model_config={"unknown": 1}), CHECKPOINT),
     (
         "ckpt.pt",
-        edit(model_args={}, iter_num=3),
-        "it is nanoGPT's; run: python -m tools.import_nan",
+        lambda path: torch.save({"model_args": {}, "iter_num": 3}, path),
+        "it looks like one of nanoGPT or build-nanogpt; run: python -m tools.import_nan",
     ),
     ("ckpt.pt", Path.unlink, "ckpt.pt: no such checkpoint; train first"),
     ("meta.json", Path.unlink, "its ids are not GPT-2's; run a prepare script"),

@@ -51,7 +51,7 @@ def meta_run(tiny_run, monkeypatch):
 @pytest.mark.parametrize("changed", [{}, {"optimizer": "muon", "dropout": 0.1}], ids=str)
 def test_a_step_waits_once_for_the_device_and_has_drawn_the_next_batch_before(meta_run, changed):
     events = meta_run(max_iters=3, eval_iters=1, **changed)
-    evaluation = ["batch", "wait"] * 2  # of a batch from train.bin and one from val.bin
+    evaluation = [*["batch"] * 4, "wait"] * 2  # 16 sequences of train.bin and of val.bin
     assert events == ["batch", *evaluation, *["batch", "batch", "wait"] * 3, *evaluation]
 
 

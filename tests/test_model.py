@@ -119,7 +119,7 @@ def test_without_positions_order_is_invisible_and_with_them_it_is_not():
 def test_attention_equals_scaled_dot_product_attention(bf16):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 24, 8, dtype=torch.bfloat16 if bf16 else torch.float32)
-    tolerance = dict(rtol=2e-2, atol=2e-2) if bf16 else dict(rtol=1e-5, atol=1e-5)
+    tolerance = dict(rtol=4e-2, atol=4e-2) if bf16 else dict(rtol=1e-5, atol=1e-5)
     both = []
     for function in (attention, lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)):
         inputs = [t.clone().requires_grad_() for t in (q, k, v)]

@@ -7,6 +7,7 @@ import sys
 from configurator import UserError
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, TEXT
 
@@ -46,11 +47,12 @@ def test_only_the_right_bytes_are_used(text_server, content, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     "name, folder, kinds",
-    [("char", "shakespeare_char", "4 characters"), ("gpt2", "shakespeare", "GPT-2's 8")],
+    [("char", "shakespeare_char", "4 characters"), ("gpt2", "shakespeare", "8 characters")],
 )
 def test_the_split_is_that_of_nanogpt(text_server, monkeypatch, capsys, name, folder, kinds):
     text = ("abc\n" * 300_000)[:1_115_394]
-    monkeypatch.setattr(prepare.BPETokenizer, "gpt2", lambda: prepare.CharTokenizer("\nabcdefg"))
+    eight = {"gpt2": prepare.CharTokenizer("\nabcdefg")}
+    monkeypatch.setattr(prepare, "find_tokenizer", eight.get)
     monkeypatch.setattr(prepare, "get_text", lambda _: (text, {"url": "some"}))
     prepare.main(prepare.PrepareConfig(tokenizer=name))
     folder = Path("data", folder)
@@ -65,7 +67,7 @@ def test_the_split_is_that_of_nanogpt(text_server, monkeypatch, capsys, name, fo
     "content, val_fraction, words",
     [
         (None, 0.1, "no such file"),
-        (b"abc\xff", 0.1, "byte 3 is not UTF-8"),
+        (b"abc\xff", 0.1, r"byte 3 \(0xff\) is not utf-8; convert it"),
         (b"", 0.1, "0 characters are too few"),
         (b"a", 0.1, "too few"),
         (CONTENT, 1.5, "too few for val_fraction=1.5"),
@@ -81,7 +83,7 @@ def test_an_unusable_input_is_refused(tmp_path, monkeypatch, content, val_fracti
     assert not Path("data/mine").exists()
 
 
-def test_line_ends_of_the_input_are_kept_and_a_second_process_ends_in_one_line(tmp_path):
+def test_line_ends_of_the_input_are_cleaned_and_a_second_process_ends_in_one_line(tmp_path):
     (tmp_path / "my.txt").write_bytes("a\r\nbé\n".encode() * 20)
     command = [sys.executable, str(ROOT / "prepare_shakespeare.py"), "--input=my.txt"]
     options = {"cwd": tmp_path, "capture_output": True, "encoding": "utf-8"}
@@ -91,4 +93,15 @@ def test_line_ends_of_the_input_are_kept_and_a_second_process_ends_in_one_line(t
     assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1
     assert "another process is at work there" in ended.stderr and not folder.exists()
     assert subprocess.run(command, **options).returncode == 0
-    assert '"chars": "\\n\\rabé"' in (folder / "meta.json").read_text(encoding="utf-8")
+    assert '"chars": "\\nabé"' in (folder / "meta.json").read_text(encoding="utf-8")
+
+
+def test_a_text_can_have_the_characters_of_an_earlier_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("a", "abcdef" * 50), ("b", "fade" * 50), ("c", "g" * 50)):
+        Path(f"{name}.txt").write_text(text, encoding="utf-8")
+    prepare.main(prepare.PrepareConfig("a.txt", dataset="a"))
+    prepare.main(prepare.PrepareConfig("b.txt", "data/a/meta.json", "b"))
+    assert np.fromfile("data/b/val.bin", "<u2").tolist() == [5, 0, 3, 4] * 5
+    with pytest.raises(UserError, match="character 'g' at position 0 is not one of the 6"):
+        prepare.main(prepare.PrepareConfig("c.txt", "data/a/meta.json", "c"))
