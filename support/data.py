@@ -115,7 +115,7 @@ def guess_layout(ids: np.ndarray, vocab_size: int) -> tuple[np.dtype, int]:
         offset = 10 + int(
             start[4]
         )  # https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
-    elif len(start) > 512 and not start[16:512].any():
+    elif len(start) > 512 and start[:16].any() and not start[16:512].any():
         offset = 1024  # 256 numbers of 32 bits, most of them 0: llm.c and modded-nanogpt
     start = start[offset // TOKEN.itemsize :]
     if len(start) < 64 or not start.any():

@@ -51,6 +51,11 @@ def flip(part: float) -> Callable:
     return apply
 
 
+def saved(content: dict) -> Callable:
+    """Return a damage: the file has this content, as torch.save writes it."""
+    return lambda path: torch.save(content, path)
+
+
 CHECKPOINT = "ckpt.pt: can not be used as a checkpoint: "
 SHORT_VOCABULARY = {"tokenizer": {"kind": "char", "chars": "abcde"}, "vocab_size": 5}
 DAMAGES = [
@@ -66,9 +71,13 @@ DAMAGES = [
     ("ckpt.pt", edit(model_config={"unknown": 1}), CHECKPOINT),
     (
         "ckpt.pt",
-        lambda path: torch.save({"model_args": {}, "iter_num": 3}, path),
+        saved({"model_args": {}, "iter_num": 3}),
         "it looks like one of nanoGPT or build-nanogpt; run: python -m tools.import_nan",
     ),
+    ("ckpt.pt", saved({"transformer.wte.weight": torch.ones(1)}), "GPT-2's weights alone"),
+    ("ckpt.pt", saved({"state_dict": {}}), "it is of another program, with state_dict"),
+    ("ckpt.pt", saved({"hparams": Path()}), "it is of another program, with objects of pathlib"),
+    ("ckpt.pt", write(b"GGUF" * 9), "torch did not write it, or it is cut: it begins with b'GGUF"),
     ("ckpt.pt", Path.unlink, "ckpt.pt: no such checkpoint; train first"),
     ("meta.json", Path.unlink, "its ids are not GPT-2's; run a prepare script"),
     ("meta.json", cut(0.5), "meta.json: "),

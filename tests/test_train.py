@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TEXT, assert_same_run, logged, options, weights
 from test_model import reference
 
+import prepare_shakespeare
 import train
 from model import GPT
 from support import data
@@ -284,6 +285,37 @@ def test_a_resumed_run_has_the_log_of_one_that_was_not_interrupted(tiny_run, bef
         tiny_run(**options, max_iters=6, **SAVE_ALWAYS)
     killed.write_bytes(content[stop])
     assert_same_run(tiny_run(**options, max_iters=6, init_from="resume"), whole)
+
+
+def test_epochs_count_the_tokens_read_and_losses_do_not_depend_on_the_batch_size(tiny_run):
+    """Half the batch and twice the accumulation shows the same."""
+    shown = []
+    for batch_size, accumulation in ((8, 1), (4, 2)):
+        batch = dict(batch_size=batch_size, gradient_accumulation_steps=accumulation, eval_iters=1)
+        records = logged(tiny_run(out_dir=f"out/{batch_size}", dtype="float32", **batch))
+        shown.append([r.get("val_loss", r.get("loss")) for r in records])
+    assert shown[0] == pytest.approx(shown[1], rel=1e-5)
+    before = logged(Path("out/8"))[-1]
+    records = logged(
+        tiny_run(out_dir="out/8", init_from="resume", eval_iters=1, batch_size=2, max_iters=24)
+    )
+    n_tokens, epochs = 6454, [r["epoch"] for r in records]
+    assert epochs == sorted(epochs) and before["epoch"] == 12 * 8 * 16 / n_tokens
+    assert epochs[-1] == (12 * 8 * 16 + 12 * 4 * 16) / n_tokens
+    assert load_checkpoint(Path("out/8/ckpt.pt")).tokens == 12 * 8 * 16 + 12 * 4 * 16
+
+
+def test_a_run_can_begin_with_the_weights_of_another(tiny_run, dataset):
+    first = tiny_run(out_dir="out/first", dtype="float32")
+    loss = logged(first)[-1]["val_loss"]
+    second = tiny_run(out_dir="out/second", dtype="float32", init_from="out/first", n_layer=5)
+    records = logged(second)
+    assert records[0]["val_loss"] == pytest.approx(loss, rel=1e-6) and records[0]["step"] == 0
+    Path("b.txt").write_text("letters " * 200, encoding="utf-8")
+    prepare_shakespeare.main(prepare_shakespeare.PrepareConfig("b.txt", dataset="b"))
+    words = "data/b was not made with the tokenizer of init_from=out/first; .*--tokenizer=data/NAME"
+    with pytest.raises(UserError, match=words):
+        tiny_run(out_dir="out/third", init_from="out/first", dataset="b")
 
 
 def test_checkpoints_between_evaluations_limit_what_a_kill_can_cost(tiny_run, monkeypatch):

@@ -1,8 +1,10 @@
 """Token files: batches from them, the checks of a data set, and what meta.json says."""
 
 import hashlib
+import io
 import json
 import os
+import re
 from configurator import UserError
 from pathlib import Path
 
@@ -107,6 +109,52 @@ def test_a_file_name_that_is_no_utf8_is_written_with_an_escape(tmp_path):
 def test_a_data_set_that_is_not_there_is_named_with_those_that_are(dataset):
     with pytest.raises(UserError, match=r"nowhere.*run a prepare script .*; data has tiny"):
         open_dataset(dataset.parent / "nowhere")
+
+
+def as_llm_c(ids: np.ndarray) -> bytes:
+    """Return a token file of llm.c: a header of 256 numbers of 32 bits, then the ids."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(ids)
+    return header.tobytes() + ids.astype("<u2").tobytes()
+
+
+def as_npy(ids: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, ids.astype("<u2"))
+    return file.getvalue()
+
+
+LAYOUTS = {
+    "32-bit little-endian numbers": lambda ids: ids.astype("<i4").tobytes(),
+    "64-bit little-endian numbers": lambda ids: ids.astype("<i8").tobytes(),
+    "32-bit big-endian numbers": lambda ids: ids.astype(">u4").tobytes(),
+    "16-bit big-endian numbers": lambda ids: ids.astype(">u2").tobytes(),
+    "16-bit little-endian numbers after a header of 1024 bytes": as_llm_c,
+    "16-bit little-endian numbers after a header of 128 bytes": as_npy,
+    "32-bit little-endian numbers after a header of 1024 bytes": lambda ids: (
+        as_llm_c(ids)[:1024] + ids.astype("<u4").tobytes()
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_token_files_of_other_programs_are_refused_with_the_way_to_rewrite_them(
+    tmp_path, monkeypatch, layout
+):
+    monkeypatch.chdir(tmp_path)
+    ids = np.random.default_rng(0).integers(50257, size=5000)
+    Path("some.bin").write_bytes(LAYOUTS[layout](ids))
+    with pytest.raises(UserError, match=f"some.bin: has {layout}, not plain") as error:
+        data.open_tokens(Path("some.bin"), 50257)
+    code = re.search(r'rewrite it: python -c "(.*)"$', str(error.value))[1]
+    exec(code)
+    assert np.array_equal(data.open_tokens(Path("new.bin"), 50257).open(), ids)
+
+
+def test_small_and_uniform_token_files_are_not_taken_for_those_of_other_programs(tmp_path):
+    for ids in ([0] * 5000, [1, 0] * 30, [7] * 3, np.arange(5000)):
+        np.array(ids, "<u2").tofile(tmp_path / "a.bin")
+        assert len(data.open_tokens(tmp_path / "a.bin", 50257)) == len(ids)
 
 
 # nanoGPT's folders

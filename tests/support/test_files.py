@@ -6,6 +6,7 @@ import unicodedata
 from configurator import UserError
 
 import pytest
+from filelock import SoftFileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +63,16 @@ def test_two_processes_never_hold_one_folder(tmp_path, capsys):
     with lock_path(folder):
         pass
     assert os.name == "nt" or not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_a_lost_process_left_names_its_owner_and_the_file(tmp_path, monkeypatch):
+    """Where a drive has no locks, filelock writes who holds one into the file."""
+    monkeypatch.setattr(files, "FileLock", SoftFileLock)
+    with lock_path(tmp_path / "out"), pytest.raises(UserError, match=r"if .* no longer runs"):
+        lock_path(tmp_path / "out").__enter__()
+    (tmp_path / ".out.lock").write_text("filelock-v1\npid=77\nhost=node-3\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"host=node-3 no longer runs, remove .*\.out\.lock$"):
+        lock_path(tmp_path / "out").__enter__()
 
 
 @pytest.mark.parametrize("system, n_errors", [("Windows", 2), ("Windows", 6), ("Linux", 2)])

@@ -99,7 +99,7 @@ def test_logits_and_token_ids_equal_those_of_transformers(folder, changed):
     "first", [[], ["<|endoftext|>"], ["<pad>", "<|endoftext|>", "<s>"]], ids=str
 )
 def test_special_tokens_may_have_any_ids(folder, first, last):
-    theirs, END = tokenizers.ByteLevelBPETokenizer(), "<|endoftext|>"
+    theirs = tokenizers.ByteLevelBPETokenizer()
     theirs.train_from_iterator([TEXT], vocab_size=285, show_progress=False, special_tokens=first)
     theirs.add_special_tokens(last)
     make_folder(folder, vocab_size=theirs.get_vocab_size())

@@ -1,6 +1,8 @@
 """A checkpoint of nanoGPT becomes one of ours: same logits, same next step, same tokenizer."""
 
+import sys
 from configurator import UserError
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import train
 from model import GPT, GPTConfig
 from support.checkpoint import build_model, load_checkpoint
 from support.data import open_dataset
-from support.tokenizer import BPETokenizer
+from support.tokenizer import BPETokenizer, CharTokenizer
 from tools.import_nanogpt import ImportConfig, main
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, dropout=0.0)
@@ -55,6 +57,25 @@ def test_the_imported_model_gives_the_same_logits(dataset, kind):
     assert torch.equal(build_model(ours.shape, ours.weights)(idx)[0], model(idx)[0])
     assert (ours.step, ours.evaluated_step, ours.best_val_loss) == (5, 5, 2.5)
     assert ours.tokenizer == open_dataset(dataset)[1].to_dict()
+
+
+def test_a_checkpoint_of_build_nanogpt_gives_the_same_logits(dataset, monkeypatch):
+    @dataclass
+    class TheirConfig:  # pickled by its name
+        block_size: int = 16
+        vocab_size: int = 18
+        n_layer: int = 2
+        n_head: int = 2
+        n_embd: int = 16
+
+    TheirConfig.__module__, TheirConfig.__qualname__ = "__main__", "GPTConfig"
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", TheirConfig, raising=False)
+    model = GPT(GPTConfig(**SHAPE, vocab_size=18))
+    theirs = {"model": model.state_dict(), "config": TheirConfig(), "step": 7, "val_loss": 3.0}
+    monkeypatch.setattr("tools.import_nanogpt.find_tokenizer", lambda *_: CharTokenizer("abc"))
+    ours, idx = load_checkpoint(imported(theirs)), torch.arange(16)[None]
+    assert torch.equal(build_model(ours.shape, ours.weights)(idx)[0], model(idx)[0])
+    assert ours.step == 7 and ours.optimizers is None
 
 
 def test_the_next_step_is_that_of_nanogpts_optimizer(tiny_run, dataset):
