@@ -25,6 +25,7 @@ from support import corpus
 from support.data import find_tokenizer, open_dataset
 from support.download import download, hub_url
 from support.files import clean, lock_path
+from support.formats import FORMATS, format_of, read_documents
 from support.tokenizer import PIECES, BPETokenizer, from_dict
 
 # The revisions are fixed, because the content behind a name on the hub has changed before.
@@ -115,9 +116,9 @@ def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
     names = [config.input] if os.path.exists(config.input) else config.input.split(",")
     for path in map(Path, [*filter(None, names)] or [config.input]):
         files = [path] if path.is_file() else files_below(path)
-        found = [file for file in files if corpus.format_of(file)]
+        found = [file for file in files if format_of(file)]
         if not found:
-            formats = f"this script reads {', '.join(corpus.FORMATS)}, also .gz, .bz2 and .zst"
+            formats = f"this script reads {', '.join(FORMATS)}, also .gz, .bz2 and .zst"
             what = f"input={path}: no such file, or of another format; {formats}"
             raise UserError(f"{what}; convert others with pandoc or pdftotext, and unpack archives")
         if others := [file.name for file in files if file not in found]:
@@ -169,7 +170,7 @@ def training_sample(config: PrepareConfig, shards: dict[Path, str]) -> Iterator[
     for path, url in shards.items():
         if url:
             download(url, path)
-        for document in corpus.read_documents(path, config.column, Counter()):
+        for document in read_documents(path, config.column, Counter()):
             text = clean(document)
             _, for_val = corpus.hash_document(text.encode(), config.val_fraction)
             keep = len(text) >= config.min_chars and not for_val

@@ -1,173 +1,31 @@
-"""From text files to token files: read documents, clean them, write train.bin and val.bin.
+"""From documents to token files: clean them, share them out, write train.bin and val.bin.
 
 `Writer` appends to files called NAME.part. progress.json says how many bytes of each file count.
 So the work can be interrupted: the next run cuts off what was written after the last save.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
-import re
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from configurator import UserError, one_line, quote
+from configurator import UserError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from support.data import TOKEN, write_meta
-from support.files import CONVERT, atomic_write, clean, encoding_of, progress_bar, replace
-from support.tokenizer import END_OF_TEXT, BPETokenizer
+from support.files import atomic_write, clean, progress_bar, replace
+from support.formats import read_documents
+from support.tokenizer import BPETokenizer
 
-TABLES = (".parquet", ".arrow", ".feather")  # .arrow: also a folder that `datasets` saved
-FORMATS = (*TABLES, ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text")
-DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `datasets`
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", "": None}
-TXT_DOCUMENT = 100_000  # characters; a longer text file is split, if possible at ends of lines
 SAVE_BYTES = 10_000_000  # save after a file if there is so much new text: a save takes time
-END = re.compile(re.escape(END_OF_TEXT) + r"(?:\r?\n)?")  # between two documents of one text
-BROKEN = re.compile("[\0\ud800-\udfff]")  # what a byte that is not UTF-8 becomes, and half an emoji
-MENDED = "mended: characters that were not UTF-8"
 BINS = ("train.bin", "val.bin")
 PARTS = (*BINS, "seen")  # seen: the hash of every document, 8 bytes each
-
-
-def format_of(path: Path) -> tuple[str, str] | None:
-    """Return the format and the compression of a file by its name: (".jsonl", ".gz"), or None."""
-    suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
-    compression = suffixes.pop() if suffixes[-1] in COMPRESSED else ""
-    is_read = suffixes and suffixes[-1] in FORMATS and path.name not in DESCRIPTIONS
-    return (suffixes[-1], compression) if is_read else None
-
-
-def read_documents(path: Path, column: str, counts: Counter) -> Iterator[str]:
-    """Yield the documents of a file one by one. Count what is skipped and mended.
-
-    A row without a text is skipped. <|endoftext|> inside a text separates two documents. Raises
-    UserError for a file that can not be read, has no such column, or has another encoding.
-    """
-    n_characters, n_broken, first = 0, 0, ""
-    try:
-        for row in read_rows(path, column):
-            if not isinstance(row, str) or not row:
-                counts["skipped: rows without a text"] += 1
-                continue
-            n_characters += len(row)
-            if broken := BROKEN.search(row):
-                text = row[max(0, broken.start() - 20) : broken.start()]
-                first = first or f"byte 0x{ord(broken[0]) & 0xFF:02x} after {text!r}"
-                row, n = BROKEN.subn(lambda match: "\ufffd" * (match[0] > "\0"), row)
-                n_broken, counts[MENDED] = n_broken + n, counts[MENDED] + n
-                check_encoding(path, n_broken, max(n_characters, 10_000_000), first)
-            yield from filter(None, END.split(row))
-    except (pa.ArrowException, csv.Error, OSError, MemoryError, UnicodeError) as error:
-        hint = "is it whole? If it was downloaded, remove it"
-        if "too much memory" in str(error):  # zstd's long mode
-            hint = f"run: zstd -d --long=31 {quote(path)}"
-        raise UserError(f"{path}: not readable ({one_line(error)[:99]}); {hint}") from error
-    check_encoding(path, n_broken, n_characters, first)
-
-
-def check_encoding(path: Path, n_broken: int, n_characters: int, first: str) -> None:
-    """Raise UserError if a file is not in UTF-8: single bad characters are mended, not many."""
-    if n_broken > max(10, n_characters / 1000):
-        many = f"{n_broken:,} characters are not UTF-8, the first is {first}"
-        raise UserError(f"{path}: {many}; {CONVERT}")
-
-
-def read_rows(path: Path, column: str) -> Iterator:
-    """Yield each row's value of a column, or the parts of a text file. Not all need to be text."""
-    kind, compression = format_of(path)
-    if kind in TABLES:
-        yield from read_table(path, kind, column)
-        return
-    with pa.input_stream(str(path), compression=COMPRESSED[compression]) as stream:
-        encoding = encoding_of(stream.read(4))
-    with pa.input_stream(str(path), compression=COMPRESSED[compression]) as stream:
-        # Bytes that are not UTF-8 pass as surrogates.
-        lines = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")
-        if kind in (".txt", ".text"):
-            yield from read_txt(lines)
-            return
-        first, found = {}, False
-        for row in read_csv(lines) if kind in (".csv", ".tsv") else read_json(path, lines):
-            if isinstance(row, dict):
-                first, found = first or row, found or column in row
-                row = row.get(column)
-            yield row
-        if first and not found:
-            raise UserError(f"{path}: --column={column} is not one of {', '.join(first)}"[:300])
-
-
-def read_table(path: Path, kind: str, column: str) -> Iterator[str | None]:
-    """Yield the values of a text column of a parquet or Arrow file."""
-    if kind == ".parquet":
-        file = pq.ParquetFile(path)
-        schema, batches = file.schema_arrow, file.iter_batches(batch_size=128, columns=[column])
-    else:
-        source = pa.memory_map(str(path))
-        try:
-            file = pa.ipc.open_file(source)
-            batches = map(file.get_batch, range(file.num_record_batches))
-        except pa.ArrowInvalid:  # `datasets` saves streams
-            source.seek(0)
-            batches = file = pa.ipc.open_stream(source)
-        schema = file.schema
-    types = {field.name: str(field.type) for field in schema}
-    # string, large_string, binary_view, dictionary<values=string, ...>; null if all rows lack it
-    if not re.match(r"(dictionary<values=)?(large_)?(string|binary|null)", types.get(column, "")):
-        raise UserError(f"{path}: --column={column} is not a text column among {types}"[:300])
-    for batch in batches:
-        values = batch.column(column)
-        if pa.types.is_dictionary(values.type):
-            values = values.dictionary_decode()
-        for value in values.cast(pa.large_binary()).to_pylist():
-            yield value if value is None else value.decode("utf-8", "surrogateescape")
-
-
-def read_json(path: Path, lines: io.TextIOWrapper) -> Iterator:
-    """Yield the values of JSON lines or, if the first line begins with [, of a JSON array."""
-    for number, line in enumerate(lines, start=1):
-        try:
-            if number == 1 and line.lstrip().startswith("["):
-                yield from json.loads(line + lines.read())
-            elif line.strip():
-                yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            what = f"line {number} is not JSON ({one_line(error)[:80]})"
-            hint = "write one object per line (jq -c), and run the same command again"
-            raise UserError(f"{path}: {what}; {hint}") from None
-
-
-def read_csv(lines: io.TextIOWrapper) -> Iterator[dict]:
-    """Yield the rows of a table whose first line has the names of the columns."""
-    csv.field_size_limit(1 << 30)
-    header = lines.readline()
-    delimiter = max(",;\t", key=header.count)
-    [names] = csv.reader([header], delimiter=delimiter)
-    yield from csv.DictReader(lines, names, delimiter=delimiter)
-
-
-def read_txt(text: io.TextIOWrapper) -> Iterator[str]:
-    """Yield a text in parts of at most TXT_DOCUMENT characters, if possible up to ends of lines."""
-    rest, longest = "", TXT_DOCUMENT + len(END_OF_TEXT)  # no cut divides an <|endoftext|>
-    while block := text.read(TXT_DOCUMENT):
-        *documents, rest = END.split(rest + block)
-        yield from filter(None, documents)
-        while len(rest) > longest:
-            cut = rest.rfind("\n", 0, TXT_DOCUMENT) + 1 or TXT_DOCUMENT
-            yield rest[:cut]
-            rest = rest[cut:]
-    if rest:
-        yield rest
 
 
 def hash_document(text: bytes, val_fraction: float) -> tuple[int, bool]:

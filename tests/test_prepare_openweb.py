@@ -23,6 +23,7 @@ from conftest import ROOT
 
 import prepare_openweb as prepare
 from support import corpus, tokenizer
+from support.formats import read_documents
 
 FILES = ("train.bin", "val.bin", "meta.json")
 SHARD = "datasets/some/text/resolve/1/train-{:02}.parquet"
@@ -399,6 +400,12 @@ def test_an_interrupted_run_refuses_other_options_and_changed_files(half_done, c
     assert "was prepared with other values of inputs; preparing it again" in capsys.readouterr().out
 
 
+def test_a_larger_share_for_validation_contains_a_smaller_one():
+    texts = [str(n).encode() for n in range(2000)]
+    few, many = ({t for t in texts if corpus.hash_document(t, share)[1]} for share in (0.1, 0.3))
+    assert few < many and 100 < len(few) < 300 and 500 < len(many) < 700
+
+
 class Recorder:
     """Calls a function and remembers its arguments."""
 
@@ -519,7 +526,7 @@ def test_a_damaged_file_gives_documents_or_one_line(tmp_path, suffix):
         damages = content[:at], content[:at] + flipped + content[at + 1 :], draw.randbytes(300)
         path.write_bytes(damages[n % 3])
         try:
-            documents = corpus.read_documents(path, "text", Counter())
+            documents = read_documents(path, "text", Counter())
             assert all(isinstance(document, str) for document in documents)
         except UserError as error:
             assert "\n" not in str(error) and f"some{suffix}: " in str(error)

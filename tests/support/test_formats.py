@@ -1,4 +1,4 @@
-"""Reading of documents; tests/test_prepare_openweb.py has the tests of the writer."""
+"""Documents from files of every format: the texts, what is skipped, what is refused."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from support.corpus import MENDED, hash_document, read_documents
+from support.formats import MENDED, read_documents
 
 TEXTS = ["first, text", 'a "second"\nof two lines', "3rd"]
 
@@ -133,9 +133,3 @@ def test_a_column_that_no_row_has_is_named(tmp_path):
         (tmp_path / name).write_text(FILES[name])
         with pytest.raises(UserError, match=f"{name}: --column=body is not one of id, text"):
             read(tmp_path / name, "body")
-
-
-def test_a_larger_share_for_validation_contains_a_smaller_one():
-    texts = [str(n).encode() for n in range(2000)]
-    few, many = ({t for t in texts if hash_document(t, share)[1]} for share in (0.1, 0.3))
-    assert few < many and 100 < len(few) < 300 and 500 < len(many) < 700
