@@ -50,6 +50,13 @@ class Processes:
         elif backend == "auto":
             backend = "nccl"
         options = {"device_id": self.device} if backend == "nccl" else {}
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("GROUP_WORLD_SIZE") == "1":
+            # Restarted workers find the store of the attempt before, with the addresses of dead
+            # processes, and gloo waits half an hour for them. A prefix keeps the attempts apart.
+            # (On several machines the attempts are counted apart, so the prefix would not match.)
+            store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+            store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
+            options |= {"store": store, "rank": self.rank, "world_size": self.count}
         # Long, because the others wait while the first process saves and writes samples.
         dist.init_process_group(backend, timeout=timedelta(hours=1), **options)
         dist.barrier()  # none may end, in an error, while another still connects
