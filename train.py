@@ -257,8 +257,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
     x, y = next(upcoming)
     ddp = processes.wrap(model)
     step_model = runtime.compile_model(ddp, config, (x, y), precision, processes)
-    counts = (state.tokens, tokens_per_step, len(train_tokens))
-    log = Log(config, first_step, *counts, processes.is_first)
+    read = (state.tokens, tokens_per_step, len(train_tokens))
+    log = Log(config, first_step, *read, processes.is_first)
     saved_at = time.perf_counter()
     with runtime.catch_signals() as signals, log:
         for step in range(first_step, config.max_iters + 1):

@@ -15,8 +15,6 @@ REPLACED = {  # what needs a network, a GPU or hours
     "config/phase1_quick.py": f"config/phase1_quick.py {TINY}",
     "--size=12GB": "--input=../text.txt --vocab_size=300",
     "config/phase3_gpt2.py": f"config/phase3_gpt2.py {TINY}",
-    "ROMEO:": "12",
-    "The": "12",
 }
 
 
@@ -38,9 +36,9 @@ def test_the_colab_notebook_runs_from_its_first_to_its_last_cell(tmp_path):
             cell.source = cell.source.replace(old, new)
     ignored = shutil.ignore_patterns("data", "out", "hunt", ".*", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "gpt2", ignore=ignored)
-    (tmp_path / "text.txt").write_text(TEXT * 20, encoding="utf-8")
+    (tmp_path / "text.txt").write_text("ROMEO: The\n" + TEXT * 20, encoding="utf-8")
     printed = execute(notebook, tmp_path)
-    assert "error" not in printed.lower() and "Traceback" not in printed
+    assert "error: " not in printed and "Traceback" not in printed
     assert (tmp_path / "gpt2/out/phase1_quick/ckpt.pt").exists()
     assert (tmp_path / "gpt2/out/phase3/loss.png").exists()
     assert "4/4 [" in printed and "out/phase3 has loss.png and samples.md" in printed
