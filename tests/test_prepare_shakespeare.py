@@ -46,17 +46,18 @@ def test_only_the_right_bytes_are_used(text_server, content, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "name, folder, kinds",
-    [("char", "shakespeare_char", "4 characters"), ("gpt2", "shakespeare", "8 characters")],
+    "name, folder, vocab_size", [("char", "shakespeare_char", 4), ("gpt2", "shakespeare", 8)]
 )
-def test_the_split_is_that_of_nanogpt(text_server, monkeypatch, capsys, name, folder, kinds):
+def test_the_split_is_that_of_nanogpt(text_server, monkeypatch, capsys, name, folder, vocab_size):
     text = ("abc\n" * 300_000)[:1_115_394]
     eight = {"gpt2": prepare.CharTokenizer("\nabcdefg")}
     monkeypatch.setattr(prepare, "find_tokenizer", eight.get)
     monkeypatch.setattr(prepare, "get_text", lambda _: (text, {"url": "some"}))
     prepare.main(prepare.PrepareConfig(tokenizer=name))
     folder = Path("data", folder)
-    counts = f"{folder}: 1,003,854 training and 111,540 validation tokens; {kinds}\n"
+    counts = (
+        f"{folder}: 1,003,854 training and 111,540 validation tokens, vocabulary {vocab_size}\n"
+    )
     assert capsys.readouterr().out == counts
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     assert (meta["train_tokens"], meta["val_tokens"]) == (1_003_854, meta["val_bytes"])
