@@ -5,7 +5,7 @@ import shutil
 import nbclient
 import nbformat
 import pytest
-from conftest import ROOT, TEXT
+from conftest import ROOT
 
 TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --max_iters=4 --device=cpu"
 TINY += " --compile=False --batch_size=2 --gradient_accumulation_steps=1"
@@ -36,7 +36,10 @@ def test_the_colab_notebook_runs_from_its_first_to_its_last_cell(tmp_path):
             cell.source = cell.source.replace(old, new)
     ignored = shutil.ignore_patterns("data", "out", "hunt", ".*", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "gpt2", ignore=ignored)
-    (tmp_path / "text.txt").write_text("ROMEO: The\n" + TEXT * 20, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(
+        "ROMEO: The\n" + "".join(f"{i} times {i % 97} is {i * (i % 97)}.\n" for i in range(6000)),
+        encoding="utf-8",
+    )
     printed = execute(notebook, tmp_path)
     assert "error: " not in printed and "Traceback" not in printed
     assert (tmp_path / "gpt2/out/phase1_quick/ckpt.pt").exists()
