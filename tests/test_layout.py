@@ -18,7 +18,7 @@ SCRIPTS = {  # and the most lines that each may have
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
     "*.py": 1_118,
     "support/**/*.py": 1_970,
-    "tools/**/*.py": 1_720,
+    "tools/**/*.py": 1_750,
     "config/**/*.py": 230,
     "tests/**/*.py": 6_500,
 }

@@ -11,7 +11,7 @@ through the preflight, and trains phase 1 for one epoch on the CPU: in out/lesso
 import re
 import shutil
 import tempfile
-from configurator import check_range, configure, run
+from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -31,9 +31,6 @@ class LessonsConfig:
     only: int = 0  # the lesson of one mistake: 1 to 8; 0: all
     max_iters: int = 245  # steps of each run; 245 are one epoch
     pictures: str = "out/lessons"  # folder of the figures
-
-    def __post_init__(self) -> None:
-        check_range(self, 0, MISTAKES[-1].lesson, "only")
 
 
 @dataclass(frozen=True)
@@ -187,6 +184,8 @@ def make_table(runs: list[Run]) -> str:
 def main(config: LessonsConfig) -> None:
     """Train, draw, and print the table."""
     chosen = [m for m in MISTAKES if config.only in (0, m.lesson)]
+    if not chosen:
+        raise UserError(f"only={config.only} must be 0 or one of 1 to {MISTAKES[-1].lesson}")
     draw_shapes(config)
     runs = [train_with(mistake, config) for mistake in (CORRECT, *chosen)]
     for lesson in dict.fromkeys(mistake.lesson for mistake in chosen):

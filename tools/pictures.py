@@ -21,7 +21,6 @@ from typing import Literal, NamedTuple
 
 from matplotlib.figure import Figure
 from PIL import Image  # matplotlib needs it, too
-from tqdm import tqdm
 
 from support.checkpoint import build_model, load_checkpoint
 from support.data import read_meta
@@ -41,35 +40,26 @@ class PicturesConfig:
     movie: bool = False  # also draw learning.gif: a run's losses and texts while it learned
 
 
-def draw_movie(records: list[dict]) -> list[Image.Image]:
-    """Return a frame for each sample in a log: the losses until then, and the sample."""
+def write_movie(records: list[dict], path: Path) -> None:
+    """Write a GIF with a frame for each sample in a log: the losses until then, and the sample."""
     losses = [r[key] for r in records for key in ("loss", "val_loss") if key in r]
     end, frames = records[-1]["epoch"], []
     for sample in (r for r in records if "sample" in r):
         figure = Figure(figsize=(8.3, 3.1), dpi=100)
-        grid = dict(left=0.07, right=1, bottom=0.16, top=0.9, wspace=0.05, width_ratios=(4, 5))
-        left, right = figure.subplots(1, 2, gridspec_kw=grid)
-        plot_losses(left, [r for r in records if r["step"] <= sample["step"]])
-        left.set(xlim=(-0.1 * end, 1.1 * end), ylim=(min(losses) - 0.2, max(losses) + 0.4))
-        right.axis("off")
-        time = tqdm.format_interval(sample["seconds"])
-        right.set_title(f"after {sample['step']:,} steps, {time} minutes", loc="left")
-        lines = [textwrap.fill(line, 45) for line in sample["sample"].splitlines()]
-        style = dict(va="top", family="monospace", fontsize=11, parse_math=False)
-        right.text(0, 0.98, "\n".join(lines), **style)
-        png = io.BytesIO()
-        figure.savefig(png)
+        axes = figure.add_axes((0.07, 0.16, 0.4, 0.74))
+        plot_losses(axes, [r for r in records if r["step"] <= sample["step"]])
+        axes.set(xlim=(-0.1 * end, 1.1 * end), ylim=(min(losses) - 0.2, max(losses) + 0.4))
+        time = f"{sample['step']:,} steps, {sample['seconds'] / 60:.1f} minutes"
+        text = "\n".join(textwrap.fill(line, 45) for line in sample["sample"].splitlines())
+        figure.text(0.49, 0.93, f"after {time}", fontsize=12)
+        figure.text(0.49, 0.88, text, va="top", family="monospace", fontsize=11, parse_math=False)
+        figure.savefig(png := io.BytesIO())
         frames.append(Image.open(png).convert("RGB"))
-    palette = frames[-1].quantize(64, Image.Quantize.MAXCOVERAGE)  # the last frame has all colors
-    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-
-
-def save_movie(frames: list[Image.Image], path: Path) -> None:
-    """Write a GIF that repeats. The first frame stays for one second, the last one for four."""
-    durations = [1000, *[600] * (len(frames) - 2), 4000][-len(frames) :]
+    palette = frames[-1].quantize(64, Image.Quantize.MAXCOVERAGE)  # this frame has all colors
+    first, *rest = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
+    times = [600] * len(rest) + [4000]  # ms
     with atomic_write(path) as file:
-        more = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)
-        frames[0].save(file, "GIF", **more)
+        first.save(file, "GIF", save_all=True, append_images=rest, duration=times, loop=0)
 
 
 class Curve(NamedTuple):
@@ -106,7 +96,8 @@ def draw_curves(curves: list[Curve], title: str) -> Figure:
     figure, axes = draw_axes(title)
     for name, parameters, _, flops, bits in curves:
         [line] = axes.plot(flops, bits, marker=".", label=f"{name}: {parameters:.1f} million")
-        annotate(axes, f"{bits[-1]:.2f}", (flops[-1], bits[-1]), (0, 8), line)
+        style = dict(textcoords="offset points", color=line.get_color())
+        axes.annotate(f"{bits[-1]:.2f}", (flops[-1], bits[-1]), (0, 8), **style)
     axes.legend(title="run and parameters")
     return figure
 
@@ -125,8 +116,9 @@ def draw_optimizers(curves: list[Curve], title: str) -> Figure:
         [line] = axes.plot(*zip(*ends, strict=True), marker="o", label=optimizer)
         dots = [c.flops[-1] for c in runs], [c.bits[-1] for c in runs]
         axes.plot(*dots, ".", color=line.get_color(), alpha=0.4)
+        style = dict(textcoords="offset points", color=line.get_color())
         for curve, end in zip(best, ends, strict=True):
-            annotate(axes, f"{curve.parameters:.1f} million: {end[1]:.2f}", end, (6, 4), line)
+            axes.annotate(f"{curve.parameters:.1f} million: {end[1]:.2f}", end, (6, 4), **style)
     axes.margins(x=0.3)  # for the words
     axes.legend(title="optimizer", loc="lower left")
     return figure
@@ -146,12 +138,6 @@ def draw_axes(title: str) -> tuple:
     return figure, axes
 
 
-def annotate(axes, text: str, point: tuple, offset: tuple, line) -> None:
-    """Write `text` beside a point, in the color of the line."""
-    style = dict(textcoords="offset points", color=line.get_color())
-    axes.annotate(text, point, xytext=offset, **style)
-
-
 def main(config: PicturesConfig) -> None:
     """Draw the pictures. Print the table of a run's samples, or the last point of each curve."""
     out_dirs = [Path(name) for name in config.out_dir.split(",")]
@@ -160,7 +146,7 @@ def main(config: PicturesConfig) -> None:
             print(write_report(out_dir) or f"{out_dir}: this run has no samples")
             records = read_log(out_dir / "log.jsonl")
             if config.movie and any("sample" in r for r in records):
-                save_movie(draw_movie(records), out_dir / "learning.gif")
+                write_movie(records, out_dir / "learning.gif")
         return
     curves = [read_curve(out_dir) for out_dir in out_dirs]
     for name, parameters, optimizer, flops, bits in curves:
