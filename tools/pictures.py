@@ -37,7 +37,7 @@ class PicturesConfig:
     compare: Literal["", "compute", "optimizers"] = ""  # empty: loss.png and samples.md of each run
     picture: str = "out/scaling.png"  # file to draw a comparison in
     title: str = "The loss falls with compute"  # of a comparison
-    movie: bool = False  # also draw learning.gif: a run's losses and texts while it learned
+    movie: bool = False  # also draw learning.gif: losses and texts while a run learns
 
 
 def write_movie(records: list[dict], path: Path) -> None:
