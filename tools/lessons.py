@@ -54,7 +54,7 @@ CORRECT = Mistake(0, "correct")
 MISTAKES = [
     Mistake(1, "mistake_1", "Mistake 1: almost 0 after 100 steps"),
     Mistake(2, "mistake_2", "Mistake 2: the loss falls, but not far enough"),
-    Mistake(3, "mistake_3", "Mistake 3: almost 0 after 25 steps"),
+    Mistake(3, "mistake_3", "Mistake 3: almost 0 after 50 steps"),
     Mistake(4, "mistake_4", "Mistake 4: one epoch beats twenty correct ones"),
     Mistake(5, "mistake_5a", "Mistake 5a: stuck", "--learning_rate=0.04 --muon_lr=0.3"),
     Mistake(5, "mistake_5b", "Mistake 5b: slow", "--learning_rate=4e-4 --muon_lr=0.003"),
