@@ -32,7 +32,7 @@ min_lr = 0.0
 
 # Evaluate on 16 * 32 = 512 of the 1,743 sequences of val.bin, spread over the file: enough for a
 # first look. All of them: python -m tools.evaluate --out_dir=out/phase1_quick
-eval_interval = max_iters
+eval_interval = max_iters // 4
 eval_iters = 16
 sample_interval = max_iters
 sample_start = "ROMEO:"

@@ -52,34 +52,33 @@ def markdown_table(header: list[str], rows: list[list[str]], right: set[int] = f
 
 
 def draw_losses(name: str, records: list[dict]):
-    """Return a matplotlib figure of a run's training and validation losses over its epochs."""
+    """Return a matplotlib figure of a run's losses. Its title has the first and the last one."""
     from matplotlib.figure import Figure  # takes half a second, which the start need not wait for
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
+    plot_losses(axes, records)
+    ends = [f"{r['val_loss']:.2f}" for r in records if "val_loss" in r]
+    axes.set_title(f"{name}: validation loss from {ends[0]} to {ends[-1]}" if ends else name)
+    return figure
+
+
+def plot_losses(axes, records: list[dict]) -> None:
+    """Plot losses over epochs: those of batches as a line, those of evaluations as dots."""
     steps = [r for r in records if "loss" in r]
     x, y = [r["epoch"] for r in steps], [r["loss"] for r in steps]
-    axes.plot(x, y, color="0.8", lw=0.8, label="each batch")
+    axes.plot(x, y, color="tab:blue", alpha=0.5, lw=1, label="each batch")
     evaluations = [r for r in records if "val_loss" in r]
     x = [r["epoch"] for r in evaluations]
-    for key, color, label in (
-        ("train_loss", "tab:blue", "training"),
-        ("val_loss", "tab:orange", "validation"),
-    ):
-        axes.plot(x, [r[key] for r in evaluations], color=color, marker=".", label=label)
+    axes.plot(x, [r["train_loss"] for r in evaluations], ".", color="tab:blue", label="training")
+    axes.plot(x, [r["val_loss"] for r in evaluations], ".", color="tab:orange", label="validation")
     if evaluations:
         end = (x[-1], evaluations[-1]["val_loss"])
         style = dict(xytext=(0, 8), textcoords="offset points", ha="center")
         axes.annotate(f"{end[1]:.3f}", end, **style)
-    if records and records[-1]["epoch"] > 2:  # most is learned in the first epoch: show it wide
-        ticks = [t for t in (0, 0.5, 1, 2, 5, 10, 20, 50, 100) if t <= records[-1]["epoch"] + 0.1]
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    title = f"{name}: training and validation loss"
-    axes.set(xlabel="epoch", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="epochs (passes over the training text)", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
+    axes.legend(loc="upper right")
 
 
 def save_figure(figure, path: Path) -> None:

@@ -2,7 +2,7 @@
 
     python prepare_shakespeare.py
     python -m tools.lessons                # everything that docs/lessons.md shows (6 to 13 minutes)
-    python -m tools.lessons --only=mask    # one lesson
+    python -m tools.lessons --only=1       # one of them
 
 A mistake is a diff in tools/mistakes/, or a few options. A copy of the code gets the diff, goes
 through the preflight, and trains phase 1 for one epoch on the CPU: in out/lessons/<mistake>/.
@@ -28,18 +28,18 @@ from tools import hunt
 class LessonsConfig:
     """Train phase 1 with beginners' mistakes and draw what happens."""
 
-    only: str = ""  # one lesson, such as mask or nan; '': all
+    only: int = 0  # the lesson of one mistake: 1 to 8; 0: all
     max_iters: int = 245  # steps of each run; 245 are one epoch
-    pictures: str = "docs/pictures"  # folder of the figures
+    pictures: str = "out/lessons"  # folder of the figures
 
 
 @dataclass(frozen=True)
 class Mistake:
     """The change in tools/mistakes/<name>.diff or, if there are `options`, in those alone."""
 
-    lesson: str
+    lesson: int
     name: str
-    title: str = ""  # of its curve: what the reader should see
+    title: str = ""  # of its curve: what the reader should see, not why it happens
     options: str = ""
 
 
@@ -50,19 +50,19 @@ class Run(NamedTuple):  # what happened with a mistake
     records: list[dict]  # of log.jsonl
 
 
-CORRECT = Mistake("", "correct")
+CORRECT = Mistake(0, "correct")
 MISTAKES = [
-    Mistake("mask", "no_mask", "No mask: the loss collapses"),
-    Mistake("positions", "no_positions", "No positions: the loss falls, but not far enough"),
-    Mistake("targets", "same_targets", "Targets not shifted: copying is enough"),
-    Mistake("heads", "swapped_heads", "reshape instead of transpose: the future leaks in"),
-    Mistake("rate", "rate_too_high", "Too high: stuck", "--learning_rate=0.04 --muon_lr=0.3"),
-    Mistake("rate", "rate_too_low", "Too low: slow", "--learning_rate=4e-4 --muon_lr=0.003"),
-    Mistake("nan", "masked_row", "A row of -inf alone: NaN at once"),
-    Mistake("nan", "softmax_by_hand", "Overflow in float16: NaN after a good start"),
-    Mistake("dtype", "int32_targets", "int32 targets: torch refuses them"),
-    Mistake("dtype", "read_as_bytes", "Ids read as bytes: every second target is known"),
-    Mistake("loader", "slow_loader", "Tokenizing in every step: the same curve, later"),
+    Mistake(1, "mistake_1", "Mistake 1: almost 0 after 100 steps"),
+    Mistake(2, "mistake_2", "Mistake 2: the loss falls, but not far enough"),
+    Mistake(3, "mistake_3", "Mistake 3: almost 0 after 50 steps"),
+    Mistake(4, "mistake_4", "Mistake 4: one epoch beats twenty correct ones"),
+    Mistake(5, "mistake_5a", "Mistake 5a: stuck", "--learning_rate=0.04 --muon_lr=0.3"),
+    Mistake(5, "mistake_5b", "Mistake 5b: slow", "--learning_rate=4e-4 --muon_lr=0.003"),
+    Mistake(6, "mistake_6a", "Mistake 6a: NaN at once"),
+    Mistake(6, "mistake_6b", "Mistake 6b: NaN after a good start"),
+    Mistake(7, "mistake_7a", "Mistake 7a: an error"),
+    Mistake(7, "mistake_7b", "Mistake 7b: about half the correct loss"),
+    Mistake(8, "mistake_8", "Mistake 8: the same curve, later"),
 ]
 
 
@@ -90,13 +90,13 @@ def train_with(mistake: Mistake, config: LessonsConfig) -> Run:
 BASELINES = {"all equally likely": 4.17, "frequencies": 3.31, "pairs": 2.45}
 
 
-def draw_lesson(lesson: str, runs: list[Run], config: LessonsConfig) -> None:
+def draw_lesson(lesson: int, runs: list[Run], config: LessonsConfig) -> None:
     """Draw the losses of a lesson's runs, each over those of the correct run, the first."""
     trained = [run for run in runs if run.mistake.lesson == lesson and run.records]
     figure = Figure(figsize=(8, 2.8), dpi=200, layout="constrained")
     panels = figure.subplots(1, len(trained), sharey=True, squeeze=False)[0]
     for axes, one in zip(panels, trained, strict=True):
-        x = "seconds" if lesson == "loader" else "step"
+        x = "seconds" if lesson == 8 else "step"
         draw_run(axes, x, runs[0], ("0.8", "0.6"), ", correct run")
         draw_run(axes, x, one, ("tab:blue", "tab:orange"), "")
         for loss in BASELINES.values():
@@ -116,10 +116,12 @@ def draw_run(axes, x: str, one: Run, colors: tuple, suffix: str) -> None:
     steps = [(r[x], r["loss"]) for r in one.records if "loss" in r]
     axes.plot(*zip(*steps, strict=True), color=colors[0], label="each batch" + suffix)
     evaluations = [(r[x], r["val_loss"]) for r in one.records if "val_loss" in r]
-    axes.scatter(*zip(*evaluations, strict=True), 20, colors[1], label="validation" + suffix)
+    size = 45 if suffix else 15  # a dot of the correct run stays visible behind another one
+    axes.scatter(*zip(*evaluations, strict=True), size, colors[1], label="validation" + suffix)
     if one.error:
-        axes.scatter(*steps[-1], 60, "tab:red", marker="x")
-        axes.annotate(" NaN", steps[-1], va="bottom", color="tab:red")
+        end = int(re.search(r"step (\d+)", one.error)[1]), steps[-1][1]
+        axes.scatter(*end, 60, "tab:red", marker="x")
+        axes.annotate(" NaN", end, va="bottom", color="tab:red")
 
 
 # A forward pass: the code in model.py, the shape of its result, and the numbers of one token in it.
@@ -131,8 +133,9 @@ SHAPES = {
     "c_attn(ln_1(x))": ("B, T, 3C", [128] * 3),
     "q, k and v, each": ("B, T, nh, hs", [32] * 4),
     "q.transpose(1, 2)": ("B, nh, T, hs", [32] * 4),
-    "scores = q @ k.transpose(1, 2)": ("B·nh, T, T", [100] * 4),
-    "y = scores.softmax(dim=-1) @ v": ("B, nh, T, hs", [32] * 4),
+    "scores = q @ k.transpose(2, 3) / sqrt(hs)": ("B, nh, T, T", [100] * 4),
+    "weights = (scores + mask).softmax(dim=-1)": ("B, nh, T, T", [100] * 4),
+    "y = weights @ v": ("B, nh, T, hs", [32] * 4),
     "y.transpose(1, 2).reshape(B, T, C)": ("B, T, C", [128]),
     "x = x + attn(ln_1(x))": ("B, T, C", [128]),
     "c_fc(ln_2(x))": ("B, T, 4C", [512]),
@@ -141,7 +144,7 @@ SHAPES = {
     "loss = cross_entropy(logits, targets)": ("", [8]),
 }
 # Phase 1's model on 6 sequences of 100 characters: no two sizes are equal.
-SIZES = {"B": 6, "T": 100, "C": 128, "nh": 4, "hs": 32, "V": 65, "B·nh": 24, "3C": 384, "4C": 512}
+SIZES = {"B": 6, "T": 100, "C": 128, "nh": 4, "hs": 32, "V": 65, "3C": 384, "4C": 512}
 
 
 def draw_shapes(config: LessonsConfig) -> None:
@@ -149,8 +152,8 @@ def draw_shapes(config: LessonsConfig) -> None:
     figure = Figure(figsize=(8, 5), dpi=200)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 8), ylim=(len(SHAPES) + 0.8, -0.8))  # x in inches
     axes.axis("off")
-    axes.axhspan(4.5, 13.5, color="0.94", lw=0)
-    axes.text(7.7, 9, "one block of 2", rotation=270, va="center", fontsize=8)
+    axes.axhspan(4.5, 14.5, color="0.94", lw=0)
+    axes.text(7.7, 9.5, "one block of 2", rotation=270, va="center", fontsize=8)
     for x, title in ((0.2, "in model.py"), (3.1, "one token"), (5.3, "shape"), (6.4, "example")):
         axes.text(x, 0, title, va="center", fontsize=9, weight="bold")
     for row, (code, (shape, parts)) in enumerate(SHAPES.items(), start=1):
@@ -180,13 +183,12 @@ def make_table(runs: list[Run]) -> str:
 
 def main(config: LessonsConfig) -> None:
     """Train, draw, and print the table."""
-    chosen = [m for m in MISTAKES if config.only in ("", m.lesson)]
-    lessons = dict.fromkeys(m.lesson for m in chosen or MISTAKES)
+    chosen = [m for m in MISTAKES if config.only in (0, m.lesson)]
     if not chosen:
-        raise UserError(f"only={config.only} is not a lesson; choose one of {', '.join(lessons)}")
+        raise UserError(f"only={config.only} must be 0 or one of 1 to {MISTAKES[-1].lesson}")
     draw_shapes(config)
     runs = [train_with(mistake, config) for mistake in (CORRECT, *chosen)]
-    for lesson in lessons:
+    for lesson in dict.fromkeys(mistake.lesson for mistake in chosen):
         draw_lesson(lesson, runs, config)
     print(make_table(runs))
 

@@ -1,27 +1,32 @@
 """Draw pictures of runs from their logs, also while they train.
 
-    python -m tools.pictures --out_dir=out/phase1_char       # its loss.png and samples.md
+    python -m tools.pictures --out_dir=out/phase1_char            # its loss.png and samples.md
+    python -m tools.pictures --out_dir=out/phase1_char --movie    # learning.gif, too
     python -m tools.pictures --out_dir=out/phase1_char,out/phase2_bpe --compare=compute
 
-The second command draws the loss of several runs over the compute that they spend. The loss is in
+The last command draws the loss of several runs over the compute that they spend. The loss is in
 bits per byte, which can be compared between vocabularies. --compare=optimizers draws only the last
 values: a line per optimizer joins the best runs of each size. Both need each run's ckpt.pt, and its
 data set's meta.json. With eval_iters a run evaluates a part of val.bin, so its last value differs a
 little from that of tools.evaluate.
 """
 
+import io
 import math
+import textwrap
 from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from matplotlib.figure import Figure
+from PIL import Image  # matplotlib needs it, too
 
 from support.checkpoint import build_model, load_checkpoint
 from support.data import read_meta
+from support.files import atomic_write
 from support.log import read_log
-from support.pictures import save_figure, write_report
+from support.pictures import plot_losses, save_figure, write_report
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,30 @@ class PicturesConfig:
     out_dir: str = "out/phase1_char"  # folder of a run, or of several: out/a,out/b
     compare: Literal["", "compute", "optimizers"] = ""  # empty: loss.png and samples.md of each run
     picture: str = "out/scaling.png"  # file to draw a comparison in
+    title: str = "The loss falls with compute"  # of a comparison
+    movie: bool = False  # also draw learning.gif: losses and texts while a run learns
+
+
+def write_movie(records: list[dict], path: Path) -> None:
+    """Write a GIF with a frame for each sample in a log: the losses until then, and the sample."""
+    losses = [r[key] for r in records for key in ("loss", "val_loss") if key in r]
+    end, frames = records[-1]["epoch"], []
+    for sample in (r for r in records if "sample" in r):
+        figure = Figure(figsize=(8.3, 3.1), dpi=100)
+        axes = figure.add_axes((0.07, 0.16, 0.4, 0.74))
+        plot_losses(axes, [r for r in records if r["step"] <= sample["step"]])
+        axes.set(xlim=(-0.1 * end, 1.1 * end), ylim=(min(losses) - 0.2, max(losses) + 0.4))
+        time = f"{sample['step']:,} steps, {sample['seconds'] / 60:.1f} minutes"
+        text = "\n".join(textwrap.fill(line, 45) for line in sample["sample"].splitlines())
+        figure.text(0.49, 0.93, f"after {time}", fontsize=12)
+        figure.text(0.49, 0.88, text, va="top", family="monospace", fontsize=11, parse_math=False)
+        figure.savefig(png := io.BytesIO())
+        frames.append(Image.open(png).convert("RGB"))
+    palette = frames[-1].quantize(64, Image.Quantize.MAXCOVERAGE)  # this frame has all colors
+    first, *rest = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
+    times = [600] * len(rest) + [4000]  # ms
+    with atomic_write(path) as file:
+        first.save(file, "GIF", save_all=True, append_images=rest, duration=times, loop=0)
 
 
 class Curve(NamedTuple):
@@ -62,22 +91,23 @@ def read_curve(out_dir: Path) -> Curve:
     return Curve(out_dir.name, model.num_params() / 1e6, options["optimizer"], flops, bits)
 
 
-def draw_curves(curves: list[Curve]) -> Figure:
+def draw_curves(curves: list[Curve], title: str) -> Figure:
     """Return a figure with a line per run and its last value."""
-    figure, axes = draw_axes()
+    figure, axes = draw_axes(title)
     for name, parameters, _, flops, bits in curves:
         [line] = axes.plot(flops, bits, marker=".", label=f"{name}: {parameters:.1f} million")
-        annotate(axes, f"{bits[-1]:.2f}", (flops[-1], bits[-1]), (0, 8), line)
+        style = dict(textcoords="offset points", color=line.get_color())
+        axes.annotate(f"{bits[-1]:.2f}", (flops[-1], bits[-1]), (0, 8), **style)
     axes.legend(title="run and parameters")
     return figure
 
 
-def draw_optimizers(curves: list[Curve]) -> Figure:
+def draw_optimizers(curves: list[Curve], title: str) -> Figure:
     """Return a figure with a line per optimizer through the best run of each size.
 
     A pale dot is the last value of a run, also of one that is not the best of its size.
     """
-    figure, axes = draw_axes()
+    figure, axes = draw_axes(title)
     for optimizer in sorted({curve.optimizer for curve in curves}):
         runs = sorted((c for c in curves if c.optimizer == optimizer), key=lambda c: -c.bits[-1])
         best = {curve.parameters: curve for curve in runs}  # the last of a size is its best
@@ -86,14 +116,15 @@ def draw_optimizers(curves: list[Curve]) -> Figure:
         [line] = axes.plot(*zip(*ends, strict=True), marker="o", label=optimizer)
         dots = [c.flops[-1] for c in runs], [c.bits[-1] for c in runs]
         axes.plot(*dots, ".", color=line.get_color(), alpha=0.4)
+        style = dict(textcoords="offset points", color=line.get_color())
         for curve, end in zip(best, ends, strict=True):
-            annotate(axes, f"{curve.parameters:.1f} million: {end[1]:.2f}", end, (6, 4), line)
+            axes.annotate(f"{curve.parameters:.1f} million: {end[1]:.2f}", end, (6, 4), **style)
     axes.margins(x=0.3)  # for the words
     axes.legend(title="optimizer", loc="lower left")
     return figure
 
 
-def draw_axes() -> tuple:
+def draw_axes(title: str) -> tuple:
     """Return an empty figure and its axes: bits per byte over compute."""
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -101,16 +132,10 @@ def draw_axes() -> tuple:
     axes.set(
         xlabel="training compute (floating-point operations)",
         ylabel="validation loss (bits per byte)",
-        title="The loss falls with compute",
+        title=title,
     )
     axes.grid(alpha=0.3)
     return figure, axes
-
-
-def annotate(axes, text: str, point: tuple, offset: tuple, line) -> None:
-    """Write `text` beside a point, in the color of the line."""
-    style = dict(textcoords="offset points", color=line.get_color())
-    axes.annotate(text, point, xytext=offset, **style)
 
 
 def main(config: PicturesConfig) -> None:
@@ -119,6 +144,9 @@ def main(config: PicturesConfig) -> None:
     if not config.compare:
         for out_dir in out_dirs:
             print(write_report(out_dir) or f"{out_dir}: this run has no samples")
+            records = read_log(out_dir / "log.jsonl")
+            if config.movie and any("sample" in r for r in records):
+                write_movie(records, out_dir / "learning.gif")
         return
     curves = [read_curve(out_dir) for out_dir in out_dirs]
     for name, parameters, optimizer, flops, bits in curves:
@@ -127,7 +155,7 @@ def main(config: PicturesConfig) -> None:
             f"byte after {flops[-1]:.2e} operations"
         )
     draw = {"compute": draw_curves, "optimizers": draw_optimizers}[config.compare]
-    save_figure(draw(curves), Path(config.picture))
+    save_figure(draw(curves, config.title), Path(config.picture))
     print(f"drawn in {config.picture}")
 
 

@@ -45,6 +45,10 @@ def test_the_figure_has_the_losses_of_the_log():
     records = [{"step": n, "epoch": n / 2, "loss": 9.0 - n} for n in range(1, 7)]
     records += [{"step": n, "epoch": n / 2, "train_loss": 7.0, "val_loss": 8.0 - n} for n in (3, 6)]
     axes = draw_losses("a run", records).axes[0]
+    assert axes.get_title() == "a run: validation loss from 5.00 to 2.00"
+    # A straight line from one evaluation to the next would look like the curve of the run.
+    styles = {line.get_label(): line.get_linestyle() for line in axes.get_lines()}
+    assert styles == {"each batch": "-", "training": "None", "validation": "None"}
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     assert lines == {
         "each batch": [[n / 2, 9.0 - n] for n in range(1, 7)],

@@ -58,6 +58,8 @@ def test_the_file_of_hunts_is_complete():
     names = set(map(name, NUMBERS))
     assert len(names) == len(NUMBERS) >= 12
     assert {path.stem for path in DIFFS} == names | {m.name for m in MISTAKES if not m.options}
+    # A name that says what is wrong would be seen by everybody who lists the folder.
+    assert all(re.fullmatch(r"(hunt|mistake)_\d+[ab]?", path.stem) for path in DIFFS)
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=lambda path: path.stem)
@@ -76,8 +78,8 @@ def test_a_diff_makes_the_change_that_git_makes_and_git_can_undo_it(diff, place)
 
 def test_a_diff_that_does_not_apply_is_refused(place):
     (place / "model.py").write_text("mask  = torch.full", encoding="utf-8")
-    with pytest.raises(UserError, match=r"no_mask\.diff: does not apply to model.py"):
-        hunt.apply_diff(hunt.MISTAKES / "no_mask.diff", place)
+    with pytest.raises(UserError, match=r"mistake_1\.diff: does not apply to model.py"):
+        hunt.apply_diff(hunt.MISTAKES / "mistake_1.diff", place)
 
 
 @pytest.mark.slow
@@ -99,7 +101,7 @@ def test_judges_refuse_each_broken_copy_and_accept_the_solved_one(number, place)
 
 
 def test_a_check_judges_the_copy_and_remembers_a_solved_hunt(place, capsys):
-    number = next(n for n in NUMBERS if name(n) == "same_batch")
+    number = 4
     play(number)
     with pytest.raises(UserError, match=f"tools.hunt {number} --hint"):
         play(number, check=True)
@@ -128,10 +130,8 @@ def test_nothing_tells_the_answer_before_it_is_asked_for(place, capsys):
     for number in NUMBERS:
         changes = re.findall(r"^[+-] +(.{12,})$", diff_of(number), re.MULTILINE)
         assert changes and not [line for line in changes if line in printed]
-        assert name(number) not in printed and name(number).replace("_", " ") not in printed
         copy, scripts = Path(f"hunt/{number}"), {path.name for path in ROOT.glob("*.py")}
         assert {path.name for path in copy.iterdir()} == scripts | {"support", "config"}
-        assert not any(name(number).encode() in content for content in code(copy).values())
 
 
 def test_edits_are_kept_until_a_new_copy_is_made_and_a_solution_changes_nothing(place, capsys):

@@ -6,6 +6,7 @@ from configurator import UserError
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageSequence
 
 from model import GPT, GPTConfig
 from support.checkpoint import Checkpoint, save_checkpoint
@@ -62,6 +63,21 @@ def test_every_run_gets_its_own_pictures_and_its_table_is_printed(run, capsys):
         assert (run / name).exists() and Path("out/b", name).exists()
 
 
+def test_a_movie_has_a_frame_per_sample_and_stays_small(run, monkeypatch):
+    texts = ["x$ $y\\frac", "\n".join(["word " * 30] * 3)]
+    records = [{"step": 4 * n, "epoch": n, "sample": text} for n, text in enumerate(texts)]
+    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(r) + "\n" for r in records)
+    drawn, plot = [], pictures.plot_losses
+    monkeypatch.setattr(pictures, "plot_losses", lambda axes, r: (drawn.append(r), plot(axes, r)))
+    pictures.main(PicturesConfig(out_dir="out/a", movie=True))
+    assert [max(r["step"] for r in until) for until in drawn] == [0, 4]  # nothing from later steps
+    with Image.open(run / "learning.gif") as movie:
+        frames = [frame.info["duration"] for frame in ImageSequence.Iterator(movie)]
+        assert frames == [600, 4000] and movie.size == (830, 310)
+    assert (run / "learning.gif").stat().st_size < 100_000
+
+
 @pytest.mark.parametrize("compare", ["compute", "optimizers"])
 def test_runs_are_compared_in_one_picture(run, compare, capsys):
     run.with_name("b").symlink_to("a")
@@ -75,11 +91,11 @@ def test_a_line_has_the_evaluations_of_a_run_or_the_best_run_of_each_size():
     ends = [("adamw", 1, 1e13, 2.4), ("adamw", 3, 3e13, 2.1)]
     ends += [("muon", 1, 1e13, 2.2), ("muon", 1, 1e13, 2.3)]
     curves = [Curve("run", n, name, [x / 2, x], [1, y]) for name, n, x, y in ends]
-    lines = draw_curves(curves).axes[0].get_lines()
+    lines = draw_curves(curves, "a title").axes[0].get_lines()
     assert [line.get_xydata().tolist() for line in lines] == [
         [[x / 2, 1], [x, y]] for _, _, x, y in ends
     ]
-    lines = draw_optimizers(curves[::-1]).axes[0].get_lines()
+    lines = draw_optimizers(curves[::-1], "a title").axes[0].get_lines()
     points = [sorted(line.get_xydata().tolist()) for line in lines]
     adamw = [[1e13, 2.4], [3e13, 2.1]]
     assert points == [adamw, adamw, [[1e13, 2.2]], [[1e13, 2.2], [1e13, 2.3]]]
