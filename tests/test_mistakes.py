@@ -46,7 +46,7 @@ RUNS = [  # refused when the files or the device are looked at; exit code 1
     ("sample.py --start=", "start is empty"),
     ("sample.py --start=Zeus", "'Zeus': character 'Z' at position 0 is not one of the 18"),
     ("sample.py --start=FILE:none.txt", "none.txt: no such file"),
-    ("sample.py --start=FILE:latin.txt", "latin.txt: byte 0 is not UTF-8"),
+    ("sample.py --start=FILE:latin.txt", "latin.txt: byte 0 (0xe9) is not utf-8"),
     ("sample.py --checkpoint=other.pt", "other.pt: no such checkpoint; train first, or name a run"),
     ("sample.py --device=cuda:99", "device=cuda:99: torch finds"),
 ]
