@@ -30,10 +30,10 @@ warmup_iters = 10
 lr_schedule = "linear"
 min_lr = 0.0
 
-# Evaluate on 16 * 32 = 512 of the 1,743 sequences of val.bin, spread over the file: enough for a
+# Evaluate on 32 * 16 = 512 of the 1,743 sequences of val.bin, spread over the file: enough for a
 # first look. All of them: python -m tools.evaluate --out_dir=out/phase1_quick
 eval_interval = max_iters // 4
-eval_iters = 16
+eval_iters = 32
 sample_interval = max_iters
 sample_start = "ROMEO:"
 sample_tokens = 120
