@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The options have the names that they have in train.py.
 n_layer, n_head, n_embd = 2, 4, 128  # blocks, attention heads, channels
 block_size, batch_size = 128, 32  # tokens in a sequence, sequences in a batch
 max_iters, warmup_iters = 800, 50  # steps; those at the start in which the learning rate rises
 learning_rate, grad_clip = 4e-3, 1.0  # the highest learning rate, the largest gradient norm
 weight_decay, beta1, beta2 = 0.1, 0.9, 0.95  # AdamW: pull of matrices towards 0, memory of means
-seed = 1337
+seed = 1337  # all options have the names that they have in train.py
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -139,11 +138,10 @@ def main(folder: str = "data/shakespeare_char") -> list[float]:
         losses.append(loss.item())
         if step % 50 == 0:
             print(f"step {step:4} of {max_iters}  loss {np.mean(losses[-50:]):.4f}")
-    with torch.no_grad():  # the last tenth of the text, which the model has not seen
-        windows = val_ids.unfold(0, block_size + 1, block_size)
-        total = sum(mean_loss(model, some) * len(some) for some in windows.split(batch_size))
+    windows = val_ids.unfold(0, block_size + 1, block_size)  # text that the model has not seen
+    total = sum(mean_loss(model, some).item() * len(some) for some in windows.split(batch_size))
     print(f"validation loss {total / len(windows):.4f}\n")
-    start = torch.tensor([[chars.index(char) for char in "ROMEO:"]])  # (1, T)
+    start = torch.zeros((1, 1), dtype=torch.long)  # one token: 0, in this alphabet a line break
     print("".join(chars[i] for i in generate(model, start, 500)[0]))
     return losses
 

@@ -34,16 +34,27 @@ FOLDER = Path("hunt")  # of the copies, in the working directory
 class HuntConfig:
     """Find the mistake in a copy of the code. A number alone, as in `tools.hunt 3`, starts one."""
 
-    number: int = 0  # which hunt; 0: list all of them
+    number: int = 0  # which one; 0: list all of them
     hint: bool = False  # print the next of three hints
-    check: bool = False  # run the tests that judge the copy
-    solve: bool = False  # print the mistake and what to learn from it
-    again: bool = False  # make the copy again; your edits in it are lost
+    check: bool = False  # run what judges the copy
+    solve: bool = False  # print the solution and what to learn from it
+    again: bool = False  # start once more; your edits are lost
+
+    # not options: what tools.build has instead
+    program, items, progress = "tools.hunt", HUNTS, FOLDER / "progress.json"
 
     def __post_init__(self) -> None:
-        check_range(self, 0, len(HUNTS), "number")
+        check_range(self, 0, len(self.items), "number")
         if not self.number and (self.hint or self.check or self.solve or self.again):
-            raise UserError("which hunt? Give its number, as in: python -m tools.hunt 3 --hint")
+            raise UserError(f"which one? Give its number, as in: {self.command[:-1]}3 --hint")
+
+    @property
+    def command(self) -> str:
+        return f"python -m {self.program} {self.number}"
+
+    @property
+    def item(self) -> dict:
+        return self.items[self.number - 1]
 
 
 def copy_code(source: Path, target: Path) -> None:
@@ -71,83 +82,68 @@ def apply_diff(diff: Path, folder: Path) -> None:
 
 
 def run_with(code: Path, *args, **options) -> subprocess.CompletedProcess:
-    """Run `python -m` with the scripts and support/ of the copy `code` and this project's tools."""
+    """Run `python -m` or `python -c` with the code of the copy `code` and this project's tools."""
     # -P: otherwise Python would look in the working directory first.
-    command = [sys.executable, "-P", "-m", *map(str, args)]
+    command = [sys.executable, "-P", *["-m"] * (args[0] != "-c"), *map(str, args)]
     # pytest cuts its lines at the width of the terminal, which it takes from COLUMNS.
     env = os.environ | {"PYTHONPATH": f"{code}{os.pathsep}{ROOT}", "COLUMNS": "200"}
     options |= {"env": env, "encoding": "utf-8", "errors": "replace"}
     return subprocess.run(command, capture_output=True, **options)
 
 
-def read_progress() -> dict:
-    """Return the numbers of the solved hunts, and how many hints were read for each number."""
-    path = FOLDER / "progress.json"
+def read_progress(path: Path) -> dict:
+    """Return the numbers of the solved items, and how many hints were read for each number."""
     return json.loads(read_text(path)) if path.exists() else {"solved": [], "hints": {}}
 
 
-def write_progress(progress: dict) -> None:
-    """Write progress.json."""
-    with atomic_write(FOLDER / "progress.json") as file:
+def write_progress(path: Path, progress: dict) -> None:
+    """Write what `read_progress` reads."""
+    with atomic_write(path) as file:
         file.write(json.dumps(progress).encode())
 
 
-def list_hunts() -> None:
-    """Print a line per hunt."""
-    solved = read_progress()["solved"]
-    for number, hunt in enumerate(HUNTS, start=1):
-        print(f"{number:3}  {'solved' if number in solved else '':7} {hunt['title']}")
-    print(f"\n{len(solved)} of {len(HUNTS)} solved. Start one: python -m tools.hunt 1")
+def list_items(config: HuntConfig) -> None:
+    """Print a line for each item."""
+    solved = read_progress(config.progress)["solved"]
+    for number, item in enumerate(config.items, start=1):
+        print(f"{number:3}  {'solved' if number in solved else '':7} {item['title']}")
+    print(f"\n{len(solved)} of {len(config.items)} solved. Start one: {config.command[:-1]}1")
 
 
-def start(number: int, copy: Path, again: bool) -> None:
-    """Make the copy with the mistake, unless it exists, and print what a user noticed."""
-    hunt, note = HUNTS[number - 1], f"The mistake is somewhere in {copy}. Correct it there."
-    if copy.exists() and not again:
-        note = f"{copy} is as you left it. For a new copy: python -m tools.hunt {number} --again"
-    else:
-        shutil.rmtree(copy, ignore_errors=True)
-        copy_code(ROOT, copy)
-        apply_diff(MISTAKES / f"{hunt['mistake']}.diff", copy)
-    print(f"Hunt {number}: {hunt['title']}\n\n{hunt['symptom'].strip()}\n")
-    print(f"See it yourself:\n\n{hunt['command'].strip().format(copy=copy.as_posix())}\n\n{note}")
-    for option, use in (("check", "judge the copy"), ("hint", "get a hint"), ("solve", "give up")):
-        print(f"    python -m tools.hunt {number} --{option:5}    {use}")
-
-
-def print_hint(number: int) -> None:
+def print_hint(config: HuntConfig) -> None:
     """Print the next hint, or all of them when none is left."""
-    hints, progress = HUNTS[number - 1]["hints"], read_progress()
-    count = progress["hints"].get(str(number), 0)
+    hints, progress = config.item["hints"], read_progress(config.progress)
+    count = progress["hints"].get(str(config.number), 0)
     if count == len(hints):
         return print("There is no further hint. These were all:", *hints, sep="\n    ")
     print(f"hint {count + 1} of {len(hints)}: {hints[count]}")
-    progress["hints"][str(number)] = count + 1
-    write_progress(progress)
+    progress["hints"][str(config.number)] = count + 1
+    write_progress(config.progress, progress)
 
 
-def check(number: int, copy: Path) -> None:
-    """Judge the copy and remember if it is solved. Raises UserError if it is not."""
+def check(config: HuntConfig, copy: Path, judge) -> None:
+    """Have `judge` judge the copy, and remember if it is solved. Raises UserError if it is not."""
     if not copy.exists():
-        raise UserError(f"{copy}: no such folder; start with: python -m tools.hunt {number}")
+        raise UserError(f"{copy}: no such folder; start with: {config.command}")
     if not all(map(find_spec, ("pytest", "hypothesis", "transformers"))):
         raise UserError("the judges need packages; run: pip install -r tests/requirements.txt")
     print(f"running the tests that judge {copy} (5 to 20 s) ...", flush=True)
-    if failed := judge(HUNTS[number - 1], copy):
+    if failed := judge(config.item, copy):
         print(*failed, sep="\n")
-        raise UserError(f"not solved yet; for a hint: python -m tools.hunt {number} --hint")
-    progress = read_progress()
-    write_progress(progress | {"solved": sorted({number, *progress["solved"]})})
-    print(f"Solved! What there is to learn: python -m tools.hunt {number} --solve")
+        raise UserError(f"not solved yet; for a hint: {config.command} --hint")
+    progress = read_progress(config.progress)
+    progress["solved"] = sorted({config.number, *progress["solved"]})
+    write_progress(config.progress, progress)
+    print(f"Solved! What there is to learn: {config.command} --solve")
 
 
-def judge(hunt: dict, copy: Path) -> list[str]:
+def judge(item: dict, copy: Path) -> list[str]:
     """Run what judges the code in `copy`. Returns the lines that say what failed."""
     tests = ["-q", "--color=no", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
-    tests += [f"tests/{test}" for test in hunt["tests"]]
+    tests += [f"tests/{test}" for test in item["tests"]]
     data, failed = Path("data/shakespeare_char").absolute(), []
     checks = ["config/phase1_quick.py", "--device=cpu", f"--dataset={data}", "--out_dir=out"]
-    commands = [["pytest", *tests], *[["tools.preflight", *checks]] * hunt.get("preflight", False)]
+    commands = [["pytest", *tests], *[["tools.preflight", *checks]] * item.get("preflight", False)]
     with tempfile.TemporaryDirectory() as folder:
         # The tests are the project's own and not in the copy, where they could be edited.
         judged = Path(folder) / "copy"
@@ -163,21 +159,43 @@ def judge(hunt: dict, copy: Path) -> list[str]:
     return failed
 
 
-def main(config: HuntConfig) -> None:
-    """Do what the options say."""
-    number, copy = config.number, FOLDER / str(config.number)
-    if not number:
-        list_hunts()
-    elif config.hint:
-        print_hint(number)
-    elif config.check:
-        check(number, copy)
-    elif config.solve:
-        name, lesson = HUNTS[number - 1]["mistake"], HUNTS[number - 1]["lesson"].strip()
-        print(f"Hunt {number}: {name}. Lines with - are correct, lines with + are in the copy.\n")
-        print(f"{read_text(MISTAKES / f'{name}.diff')}\n{lesson}")
+def start(hunt: dict, copy: Path, again: bool) -> None:
+    """Make the copy with the mistake, unless it exists, and print what a user noticed."""
+    note = f"The mistake is somewhere in {copy}. Correct it there."
+    if copy.exists() and not again:
+        note = f"{copy} is as you left it."
     else:
-        start(number, copy, config.again)
+        shutil.rmtree(copy, ignore_errors=True)
+        copy_code(ROOT, copy)
+        apply_diff(MISTAKES / f"{hunt['mistake']}.diff", copy)
+    print(f"{hunt['symptom'].strip()}\n\nSee it yourself:\n")
+    print(f"{hunt['command'].strip().format(copy=copy.as_posix())}\n\n{note}")
+
+
+def solve(hunt: dict) -> None:
+    """Print the mistake as a diff, and the lesson."""
+    name = hunt["mistake"]
+    print(f"{name}. Lines with - are correct, lines with + are in the copy.\n")
+    print(f"{read_text(MISTAKES / f'{name}.diff')}\n{hunt['lesson'].strip()}")
+
+
+def main(config: HuntConfig, copy: Path | None = None, start=start, judge=judge, solve=solve):
+    """Do what the options say. tools.build has its own copy and functions."""
+    copy = copy or FOLDER / str(config.number)
+    if not config.number:
+        list_items(config)
+    elif config.hint:
+        print_hint(config)
+    elif config.check:
+        check(config, copy, judge)
+    elif config.solve:
+        solve(config.item)
+    else:
+        print(f"{config.number}: {config.item['title']}\n")
+        start(config.item, copy, config.again)
+        uses = dict(check="judge it", hint="get a hint", solve="give up", again="start once more")
+        for option, use in uses.items():
+            print(f"    {config.command} --{option:5}    {use}")
 
 
 if __name__ == "__main__":
