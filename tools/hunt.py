@@ -6,7 +6,7 @@
     python -m tools.hunt 3 --check    # judge the copy: tests and, in some hunts, the preflight
     python -m tools.hunt 3 --solve    # the mistake as a diff, and what to learn from it
 
-tools/mistakes/hunts.toml has the texts. hunt/progress.json has the solved hunts and the hints read.
+tools/mistakes/hunts.toml has the texts. tools.build is the other course that works like this.
 """
 
 import json
@@ -28,33 +28,6 @@ ROOT = Path(__file__).parent.parent
 MISTAKES = ROOT / "tools" / "mistakes"  # a .diff file for each
 HUNTS = tomllib.loads(read_text(MISTAKES / "hunts.toml"))["hunt"]  # dicts; number 1 is the first
 FOLDER = Path("hunt")  # of the copies, in the working directory
-
-
-@dataclass(frozen=True)
-class HuntConfig:
-    """Find the mistake in a copy of the code. A number alone, as in `tools.hunt 3`, starts one."""
-
-    number: int = 0  # which one; 0: list all of them
-    hint: bool = False  # print the next of three hints
-    check: bool = False  # run what judges the copy
-    solve: bool = False  # print the solution and what to learn from it
-    again: bool = False  # start once more; your edits are lost
-
-    # not options: what tools.build has instead
-    program, items, progress = "tools.hunt", HUNTS, FOLDER / "progress.json"
-
-    def __post_init__(self) -> None:
-        check_range(self, 0, len(self.items), "number")
-        if not self.number and (self.hint or self.check or self.solve or self.again):
-            raise UserError(f"which one? Give its number, as in: {self.command[:-1]}3 --hint")
-
-    @property
-    def command(self) -> str:
-        return f"python -m {self.program} {self.number}"
-
-    @property
-    def item(self) -> dict:
-        return self.items[self.number - 1]
 
 
 def copy_code(source: Path, target: Path) -> None:
@@ -91,52 +64,6 @@ def run_with(code: Path, *args, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, **options)
 
 
-def read_progress(path: Path) -> dict:
-    """Return the numbers of the solved items, and how many hints were read for each number."""
-    return json.loads(read_text(path)) if path.exists() else {"solved": [], "hints": {}}
-
-
-def write_progress(path: Path, progress: dict) -> None:
-    """Write what `read_progress` reads."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(progress).encode())
-
-
-def list_items(config: HuntConfig) -> None:
-    """Print a line for each item."""
-    solved = read_progress(config.progress)["solved"]
-    for number, item in enumerate(config.items, start=1):
-        print(f"{number:3}  {'solved' if number in solved else '':7} {item['title']}")
-    print(f"\n{len(solved)} of {len(config.items)} solved. Start one: {config.command[:-1]}1")
-
-
-def print_hint(config: HuntConfig) -> None:
-    """Print the next hint, or all of them when none is left."""
-    hints, progress = config.item["hints"], read_progress(config.progress)
-    count = progress["hints"].get(str(config.number), 0)
-    if count == len(hints):
-        return print("There is no further hint. These were all:", *hints, sep="\n    ")
-    print(f"hint {count + 1} of {len(hints)}: {hints[count]}")
-    progress["hints"][str(config.number)] = count + 1
-    write_progress(config.progress, progress)
-
-
-def check(config: HuntConfig, copy: Path, judge) -> None:
-    """Have `judge` judge the copy, and remember if it is solved. Raises UserError if it is not."""
-    if not copy.exists():
-        raise UserError(f"{copy}: no such folder; start with: {config.command}")
-    if not all(map(find_spec, ("pytest", "hypothesis", "transformers"))):
-        raise UserError("the judges need packages; run: pip install -r tests/requirements.txt")
-    print(f"running the tests that judge {copy} (5 to 20 s) ...", flush=True)
-    if failed := judge(config.item, copy):
-        print(*failed, sep="\n")
-        raise UserError(f"not solved yet; for a hint: {config.command} --hint")
-    progress = read_progress(config.progress)
-    progress["solved"] = sorted({config.number, *progress["solved"]})
-    write_progress(config.progress, progress)
-    print(f"Solved! What there is to learn: {config.command} --solve")
-
-
 def judge(item: dict, copy: Path) -> list[str]:
     """Run what judges the code in `copy`. Returns the lines that say what failed."""
     tests = ["-q", "--color=no", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
@@ -159,45 +86,103 @@ def judge(item: dict, copy: Path) -> list[str]:
     return failed
 
 
-def start(hunt: dict, copy: Path, again: bool) -> None:
-    """Make the copy with the mistake, unless it exists, and print what a user noticed."""
-    note = f"The mistake is somewhere in {copy}. Correct it there."
-    if copy.exists() and not again:
-        note = f"{copy} is as you left it."
-    else:
-        shutil.rmtree(copy, ignore_errors=True)
-        copy_code(ROOT, copy)
-        apply_diff(MISTAKES / f"{hunt['mistake']}.diff", copy)
-    print(f"{hunt['symptom'].strip()}\n\nSee it yourself:\n")
-    print(f"{hunt['command'].strip().format(copy=copy.as_posix())}\n\n{note}")
+@dataclass
+class HuntConfig:
+    """Find the mistake in a copy of the code. A number alone, as in `tools.hunt 3`, starts one."""
 
+    number: int = 0  # which one; 0: list all of them
+    hint: bool = False  # print the next of three hints
+    check: bool = False  # run what judges the copy
+    solve: bool = False  # print the solution and what to learn from it
+    again: bool = False  # start once more; your edits are lost
 
-def solve(hunt: dict) -> None:
-    """Print the mistake as a diff, and the lesson."""
-    name = hunt["mistake"]
-    print(f"{name}. Lines with - are correct, lines with + are in the copy.\n")
-    print(f"{read_text(MISTAKES / f'{name}.diff')}\n{hunt['lesson'].strip()}")
+    program, items, progress, copy = "tools.hunt", HUNTS, FOLDER / "progress.json", None
 
+    def __post_init__(self) -> None:
+        check_range(self, 0, len(self.items), "number")
+        if not self.number and (self.hint or self.check or self.solve or self.again):
+            raise UserError(f"which one? Give its number, as in: python -m {self.program} 3 --hint")
+        self.item = self.items[self.number - 1]
+        self.command = f"python -m {self.program} {self.number}"
+        self.copy = self.copy or FOLDER / str(self.number)
 
-def main(config: HuntConfig, copy: Path | None = None, start=start, judge=judge, solve=solve):
-    """Do what the options say. tools.build has its own copy and functions."""
-    copy = copy or FOLDER / str(config.number)
-    if not config.number:
-        list_items(config)
-    elif config.hint:
-        print_hint(config)
-    elif config.check:
-        check(config, copy, judge)
-    elif config.solve:
-        solve(config.item)
-    else:
-        print(f"{config.number}: {config.item['title']}\n")
-        start(config.item, copy, config.again)
-        uses = dict(check="judge it", hint="get a hint", solve="give up", again="start once more")
-        for option, use in uses.items():
-            print(f"    {config.command} --{option:5}    {use}")
+    def read_progress(self) -> dict:
+        """Return the solved numbers, those begun (of pieces alone), and the hints read of each."""
+        empty = {"solved": [], "begun": [], "hints": {}}
+        return empty | (json.loads(read_text(self.progress)) if self.progress.exists() else {})
+
+    def write_progress(self, **changed) -> None:
+        """Write what `read_progress` returns, with some values changed."""
+        with atomic_write(self.progress) as file:
+            file.write(json.dumps(self.read_progress() | changed).encode())
+
+    def play(self) -> None:
+        """Do what the options say."""
+        if not self.number:
+            self.list_items()
+        elif self.hint:
+            self.print_hint()
+        elif self.check:
+            self.judge_copy()
+        elif self.solve:
+            self.print_solution()
+        else:
+            self.start()
+            uses = {"check": "judge the copy", "hint": "get a hint", "solve": "give up"}
+            for option, use in uses.items():
+                print(f"    {self.command} --{option:5}    {use}")
+
+    def list_items(self) -> None:
+        solved = self.read_progress()["solved"]
+        for number, item in enumerate(self.items, start=1):
+            print(f"{number:3}  {'solved' if number in solved else '':7} {item['title']}")
+        print(f"\n{len(solved)} of {len(self.items)} solved. Start one: python -m {self.program} 1")
+
+    def print_hint(self) -> None:
+        """Print the next hint, or all of them when none is left."""
+        hints, read = self.item["hints"], self.read_progress()["hints"]
+        count = read.get(str(self.number), 0)
+        if count == len(hints):
+            return print("There is no further hint. These were all:", *hints, sep="\n    ")
+        print(f"hint {count + 1} of {len(hints)}: {hints[count]}")
+        self.write_progress(hints=read | {str(self.number): count + 1})
+
+    def judge_copy(self) -> None:
+        """Judge the copy and remember if it is solved. Raises UserError if it is not."""
+        if not self.copy.exists():
+            raise UserError(f"{self.copy}: no such folder; start with: {self.command}")
+        if not all(map(find_spec, ("pytest", "hypothesis", "transformers"))):
+            raise UserError("the judges need packages; run: pip install -r tests/requirements.txt")
+        print(f"running the tests that judge {self.copy} (5 to 20 s) ...", flush=True)
+        if failed := self.find_mistakes():
+            print(*failed, sep="\n")
+            raise UserError(f"not solved yet; for a hint: {self.command} --hint")
+        self.write_progress(solved=sorted({self.number, *self.read_progress()["solved"]}))
+        print(f"Solved! What there is to learn: {self.command} --solve")
+
+    def find_mistakes(self) -> list[str]:
+        return judge(self.item, self.copy)
+
+    def start(self) -> None:
+        """Make the copy with the mistake, unless it exists, and print what a user noticed."""
+        note = f"The mistake is somewhere in {self.copy}. Correct it there."
+        if self.copy.exists() and not self.again:
+            note = f"{self.copy} is as you left it. For a new copy: {self.command} --again"
+        else:
+            shutil.rmtree(self.copy, ignore_errors=True)
+            copy_code(ROOT, self.copy)
+            apply_diff(MISTAKES / f"{self.item['mistake']}.diff", self.copy)
+        print(f"Hunt {self.number}: {self.item['title']}\n\n{self.item['symptom'].strip()}\n")
+        command = self.item["command"].strip().format(copy=self.copy.as_posix())
+        print(f"See it yourself:\n\n{command}\n\n{note}")
+
+    def print_solution(self) -> None:
+        """Print the mistake as a diff, and the lesson."""
+        name, lesson = self.item["mistake"], self.item["lesson"].strip()
+        print(f"Hunt {self.number}: {name}. Lines with - are correct, lines with + in the copy.\n")
+        print(f"{read_text(MISTAKES / f'{name}.diff')}\n{lesson}")
 
 
 if __name__ == "__main__":
     arguments = [f"--number={a}" if a.isdecimal() else a for a in sys.argv[1:]]
-    run(main, configure(HuntConfig, arguments))
+    run(HuntConfig.play, configure(HuntConfig, arguments))
