@@ -87,7 +87,7 @@ def find(piece: dict, folder: Path) -> tuple[str, str]:
         for name in piece["function"].split("."):
             node = next(part for part in node.body if getattr(part, "name", "") == name)
     except (SyntaxError, StopIteration) as error:
-        raise UserError(f"{path}: {error or piece['function'] + ' is missing'}") from error
+        raise UserError(f"{path}: {str(error) or piece['function'] + ' is missing'}") from error
     first = node.body[0].lineno - 1 if ast.get_docstring(node) is None else node.body[0].end_lineno
     return "".join(lines[node.lineno - 1 : first]), "".join(lines[first : node.end_lineno])
 
