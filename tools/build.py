@@ -34,6 +34,7 @@ class BuildConfig(hunt.HuntConfig):
     """Write GPT-2, piece by piece. A number alone, as in `tools.build 3`, starts one."""
 
     program, items, progress, copy = "tools.build", TEXTS["piece"], COPY / "progress.json", COPY
+    note = "\nThe copy trains: python hunt/build/train.py config/phase1_quick.py --out_dir=out/mine"
 
     def start(self) -> None:
         """Make the piece blank, unless it is begun, and print what to write."""
@@ -65,7 +66,6 @@ class BuildConfig(hunt.HuntConfig):
         return hunt.judge(self.item, COPY)
 
     def print_solution(self) -> None:
-        """Print the original code of the piece, and the lesson."""
         print(*find(self.item, ORIGINAL), self.item["lesson"], sep="")
 
 

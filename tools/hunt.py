@@ -5,8 +5,7 @@
     python -m tools.hunt 3 --hint     # the next of three hints
     python -m tools.hunt 3 --check    # judge the copy: tests and, in some hunts, the preflight
     python -m tools.hunt 3 --solve    # the mistake as a diff, and what to learn from it
-
-tools/mistakes/hunts.toml has the texts. tools.build is the other course that works like this.
+tools/mistakes/hunts.toml has the texts.
 """
 
 import json
@@ -96,7 +95,7 @@ class HuntConfig:
     solve: bool = False  # print the solution and what to learn from it
     again: bool = False  # start once more; your edits are lost
 
-    program, items, progress, copy = "tools.hunt", HUNTS, FOLDER / "progress.json", None
+    program, items, progress, copy, note = "tools.hunt", HUNTS, FOLDER / "progress.json", None, ""
 
     def __post_init__(self) -> None:
         check_range(self, 0, len(self.items), "number")
@@ -136,7 +135,8 @@ class HuntConfig:
         solved = self.read_progress()["solved"]
         for number, item in enumerate(self.items, start=1):
             print(f"{number:3}  {'solved' if number in solved else '':7} {item['title']}")
-        print(f"\n{len(solved)} of {len(self.items)} solved. Start one: python -m {self.program} 1")
+        count = f"{len(solved)} of {len(self.items)} solved"
+        print(f"\n{count}. Start one: python -m {self.program} 1{self.note}")
 
     def print_hint(self) -> None:
         """Print the next hint, or all of them when none is left."""
