@@ -21,16 +21,15 @@ from torch.nn import functional as F
 n_layer, n_head, n_embd = 2, 4, 128  # blocks, attention heads, channels
 block_size, batch_size = 128, 32  # tokens in a sequence, sequences in a batch
 max_iters, warmup_iters = 800, 50  # steps; those at the start in which the learning rate rises
-learning_rate, grad_clip = 4e-3, 1.0  # the highest learning rate, the largest gradient norm
+learning_rate, grad_clip = 1e-2, 1.0  # the highest learning rate, the largest gradient norm
 weight_decay, beta1, beta2 = 0.1, 0.9, 0.95  # AdamW: pull of matrices towards 0, memory of means
 seed = 1337  # all options have the names that they have in train.py
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(hs)) v, where no token sees a later one. All: (B, nh, T, hs)."""
-    T, hs = q.shape[-2:]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T): how well query i fits key j
-    later = torch.ones(T, T, dtype=torch.bool).triu(1)  # True where token j comes after token i
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T): query i fits key j
+    later = torch.ones_like(scores, dtype=torch.bool).triu(1)  # True where token j is after token i
     weights = scores.masked_fill(later, -math.inf).softmax(dim=-1)  # later tokens get 0; sum 1
     return weights @ v  # for each token a weighted mean of the values
 
@@ -45,9 +44,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         # Each head gets hs of the C channels. The transpose makes a head a matrix of T rows.
-        qkv = (t.view(B, T, n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
-        y = attention(*qkv)  # (B, nh, T, hs)
+        q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in (q, k, v))
+        y = attention(q, k, v)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
 
 

@@ -45,8 +45,8 @@ class BuildConfig(hunt.HuntConfig):
         if self.number not in done["begun"] or self.again:
             now, (head, code) = "".join(find(self.item, COPY)), find(self.item, ORIGINAL)
             indent = code[: -len(code.lstrip())]
-            blank = f"{head}{indent}raise NotImplementedError  # write this\n"
-            path.write_text(read_text(path).replace(now, blank), encoding="utf-8")
+            blank = f"{head}{indent}raise NotImplementedError  # {self.item['returns']}\n"
+            path.write_text(path.read_text("utf-8").replace(now, blank), "utf-8")
             solved = [number for number in done["solved"] if number != self.number]
             self.write_progress(begun=[*done["begun"], self.number], solved=solved)
         print(f"Piece {self.number}: {self.item['title']}\n\n{self.item['text'].strip()}\n")
@@ -74,14 +74,14 @@ def make_copy(folder: Path) -> None:
     hunt.copy_code(hunt.ROOT, folder)
     for added in TEXTS["added"]:
         path = folder / added["file"]
-        code = read_text(path).replace(added["instead_of"], added["call"]) + added["code"]
-        path.write_text(code, encoding="utf-8")
+        code = path.read_text("utf-8").replace(added["instead_of"], added["call"]) + added["code"]
+        path.write_text(code, "utf-8")
 
 
 def find(piece: dict, folder: Path) -> tuple[str, str]:
     """Return the piece in a folder: its signature with the docstring, and its code."""
     path = folder / piece["file"]
-    lines = read_text(path).splitlines(keepends=True)
+    lines = path.read_text("utf-8").splitlines(keepends=True)
     try:
         node = ast.parse("".join(lines), path)
         for name in piece["function"].split("."):
