@@ -10,7 +10,6 @@ of a token, V tokens in the vocabulary, nh attention heads with hs = C / nh chan
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +113,7 @@ def generate(model: GPT, idx: Tensor, count: int, temperature: float = 0.8) -> T
 def main(folder: str = "data/shakespeare_char") -> list[float]:
     """Train on the text in `folder`, write a sample, and return the loss of each step."""
     if not Path(folder, "meta.json").exists():
-        sys.exit(f"{folder}: no such data set; first run: python prepare_shakespeare.py")
+        raise SystemExit(f"{folder}: no such data set; first run: python prepare_shakespeare.py")
     # A token is a character. Its id is its place in the alphabet: "ROMEO:" is 30 27 25 17 27 10.
     chars = json.loads(Path(folder, "meta.json").read_text("utf-8"))["tokenizer"]["chars"]
     files = (np.fromfile(Path(folder, name), "<u2") for name in ("train.bin", "val.bin"))
@@ -125,6 +124,7 @@ def main(folder: str = "data/shakespeare_char") -> list[float]:
     matrices, vectors = ([p for p in model.parameters() if p.dim() == n] for n in (2, 1))
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay)
+
     for step in range(max_iters):
         starts = np.random.default_rng((seed, step)).integers(len(windows), size=batch_size)
         loss = mean_loss(model, windows[starts])
@@ -147,4 +147,4 @@ def main(folder: str = "data/shakespeare_char") -> list[float]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
