@@ -18,9 +18,10 @@ SCRIPTS = {  # and the most lines that each may have
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
     "*.py": 1_118,
     "support/**/*.py": 1_970,
-    "tools/**/*.py": 1_750,
+    "tools/**/*.py": 1_900,
+    "docs/gpt.py": 150,
     "config/**/*.py": 230,
-    "tests/**/*.py": 6_500,
+    "tests/**/*.py": 7_500,
     "README.md": 150,
 }
 FLOORS = {  # what the files of a floor may import of this project

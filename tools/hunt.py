@@ -5,8 +5,7 @@
     python -m tools.hunt 3 --hint     # the next of three hints
     python -m tools.hunt 3 --check    # judge the copy: tests and, in some hunts, the preflight
     python -m tools.hunt 3 --solve    # the mistake as a diff, and what to learn from it
-
-tools/mistakes/hunts.toml has the texts. hunt/progress.json has the solved hunts and the hints read.
+tools/mistakes/hunts.toml has the texts.
 """
 
 import json
@@ -28,22 +27,6 @@ ROOT = Path(__file__).parent.parent
 MISTAKES = ROOT / "tools" / "mistakes"  # a .diff file for each
 HUNTS = tomllib.loads(read_text(MISTAKES / "hunts.toml"))["hunt"]  # dicts; number 1 is the first
 FOLDER = Path("hunt")  # of the copies, in the working directory
-
-
-@dataclass(frozen=True)
-class HuntConfig:
-    """Find the mistake in a copy of the code. A number alone, as in `tools.hunt 3`, starts one."""
-
-    number: int = 0  # which hunt; 0: list all of them
-    hint: bool = False  # print the next of three hints
-    check: bool = False  # run the tests that judge the copy
-    solve: bool = False  # print the mistake and what to learn from it
-    again: bool = False  # make the copy again; your edits in it are lost
-
-    def __post_init__(self) -> None:
-        check_range(self, 0, len(HUNTS), "number")
-        if not self.number and (self.hint or self.check or self.solve or self.again):
-            raise UserError("which hunt? Give its number, as in: python -m tools.hunt 3 --hint")
 
 
 def copy_code(source: Path, target: Path) -> None:
@@ -71,83 +54,22 @@ def apply_diff(diff: Path, folder: Path) -> None:
 
 
 def run_with(code: Path, *args, **options) -> subprocess.CompletedProcess:
-    """Run `python -m` with the scripts and support/ of the copy `code` and this project's tools."""
+    """Run `python -m` or `python -c` with the code of the copy `code` and this project's tools."""
     # -P: otherwise Python would look in the working directory first.
-    command = [sys.executable, "-P", "-m", *map(str, args)]
+    command = [sys.executable, "-P", *["-m"] * (args[0] != "-c"), *map(str, args)]
     # pytest cuts its lines at the width of the terminal, which it takes from COLUMNS.
     env = os.environ | {"PYTHONPATH": f"{code}{os.pathsep}{ROOT}", "COLUMNS": "200"}
     options |= {"env": env, "encoding": "utf-8", "errors": "replace"}
     return subprocess.run(command, capture_output=True, **options)
 
 
-def read_progress() -> dict:
-    """Return the numbers of the solved hunts, and how many hints were read for each number."""
-    path = FOLDER / "progress.json"
-    return json.loads(read_text(path)) if path.exists() else {"solved": [], "hints": {}}
-
-
-def write_progress(progress: dict) -> None:
-    """Write progress.json."""
-    with atomic_write(FOLDER / "progress.json") as file:
-        file.write(json.dumps(progress).encode())
-
-
-def list_hunts() -> None:
-    """Print a line per hunt."""
-    solved = read_progress()["solved"]
-    for number, hunt in enumerate(HUNTS, start=1):
-        print(f"{number:3}  {'solved' if number in solved else '':7} {hunt['title']}")
-    print(f"\n{len(solved)} of {len(HUNTS)} solved. Start one: python -m tools.hunt 1")
-
-
-def start(number: int, copy: Path, again: bool) -> None:
-    """Make the copy with the mistake, unless it exists, and print what a user noticed."""
-    hunt, note = HUNTS[number - 1], f"The mistake is somewhere in {copy}. Correct it there."
-    if copy.exists() and not again:
-        note = f"{copy} is as you left it. For a new copy: python -m tools.hunt {number} --again"
-    else:
-        shutil.rmtree(copy, ignore_errors=True)
-        copy_code(ROOT, copy)
-        apply_diff(MISTAKES / f"{hunt['mistake']}.diff", copy)
-    print(f"Hunt {number}: {hunt['title']}\n\n{hunt['symptom'].strip()}\n")
-    print(f"See it yourself:\n\n{hunt['command'].strip().format(copy=copy.as_posix())}\n\n{note}")
-    for option, use in (("check", "judge the copy"), ("hint", "get a hint"), ("solve", "give up")):
-        print(f"    python -m tools.hunt {number} --{option:5}    {use}")
-
-
-def print_hint(number: int) -> None:
-    """Print the next hint, or all of them when none is left."""
-    hints, progress = HUNTS[number - 1]["hints"], read_progress()
-    count = progress["hints"].get(str(number), 0)
-    if count == len(hints):
-        return print("There is no further hint. These were all:", *hints, sep="\n    ")
-    print(f"hint {count + 1} of {len(hints)}: {hints[count]}")
-    progress["hints"][str(number)] = count + 1
-    write_progress(progress)
-
-
-def check(number: int, copy: Path) -> None:
-    """Judge the copy and remember if it is solved. Raises UserError if it is not."""
-    if not copy.exists():
-        raise UserError(f"{copy}: no such folder; start with: python -m tools.hunt {number}")
-    if not all(map(find_spec, ("pytest", "hypothesis", "transformers"))):
-        raise UserError("the judges need packages; run: pip install -r tests/requirements.txt")
-    print(f"running the tests that judge {copy} (5 to 20 s) ...", flush=True)
-    if failed := judge(HUNTS[number - 1], copy):
-        print(*failed, sep="\n")
-        raise UserError(f"not solved yet; for a hint: python -m tools.hunt {number} --hint")
-    progress = read_progress()
-    write_progress(progress | {"solved": sorted({number, *progress["solved"]})})
-    print(f"Solved! What there is to learn: python -m tools.hunt {number} --solve")
-
-
-def judge(hunt: dict, copy: Path) -> list[str]:
+def judge(item: dict, copy: Path) -> list[str]:
     """Run what judges the code in `copy`. Returns the lines that say what failed."""
     tests = ["-q", "--color=no", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
-    tests += [f"tests/{test}" for test in hunt["tests"]]
+    tests += [f"tests/{test}" for test in item["tests"]]
     data, failed = Path("data/shakespeare_char").absolute(), []
     checks = ["config/phase1_quick.py", "--device=cpu", f"--dataset={data}", "--out_dir=out"]
-    commands = [["pytest", *tests], *[["tools.preflight", *checks]] * hunt.get("preflight", False)]
+    commands = [["pytest", *tests], *[["tools.preflight", *checks]] * item.get("preflight", False)]
     with tempfile.TemporaryDirectory() as folder:
         # The tests are the project's own and not in the copy, where they could be edited.
         judged = Path(folder) / "copy"
@@ -163,23 +85,104 @@ def judge(hunt: dict, copy: Path) -> list[str]:
     return failed
 
 
-def main(config: HuntConfig) -> None:
-    """Do what the options say."""
-    number, copy = config.number, FOLDER / str(config.number)
-    if not number:
-        list_hunts()
-    elif config.hint:
-        print_hint(number)
-    elif config.check:
-        check(number, copy)
-    elif config.solve:
-        name, lesson = HUNTS[number - 1]["mistake"], HUNTS[number - 1]["lesson"].strip()
-        print(f"Hunt {number}: {name}. Lines with - are correct, lines with + are in the copy.\n")
+@dataclass
+class HuntConfig:
+    """Find the mistake in a copy of the code. A number alone, as in `tools.hunt 3`, starts one."""
+
+    number: int = 0  # which one; 0: list all of them
+    hint: bool = False  # print the next of three hints
+    check: bool = False  # run what judges the copy
+    solve: bool = False  # print the solution and what to learn from it
+    again: bool = False  # start once more; your edits are lost
+
+    program, items, progress, copy, note = "tools.hunt", HUNTS, FOLDER / "progress.json", None, ""
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, len(self.items), "number")
+        if not self.number and (self.hint or self.check or self.solve or self.again):
+            raise UserError(f"which one? Give its number, as in: python -m {self.program} 3 --hint")
+        self.item = self.items[self.number - 1]
+        self.command = f"python -m {self.program} {self.number}"
+        self.copy = self.copy or FOLDER / str(self.number)
+
+    def read_progress(self) -> dict:
+        """Return the solved numbers, those begun (of pieces alone), and the hints read of each."""
+        empty = {"solved": [], "begun": [], "hints": {}}
+        return empty | (json.loads(read_text(self.progress)) if self.progress.exists() else {})
+
+    def write_progress(self, **changed) -> None:
+        """Write what `read_progress` returns, with some values changed."""
+        with atomic_write(self.progress) as file:
+            file.write(json.dumps(self.read_progress() | changed).encode())
+
+    def play(self) -> None:
+        """Do what the options say."""
+        if not self.number:
+            self.list_items()
+        elif self.hint:
+            self.print_hint()
+        elif self.check:
+            self.judge_copy()
+        elif self.solve:
+            self.print_solution()
+        else:
+            self.start()
+            uses = {"check": "judge the copy", "hint": "get a hint", "solve": "give up"}
+            for option, use in uses.items():
+                print(f"    {self.command} --{option:5}    {use}")
+
+    def list_items(self) -> None:
+        solved = self.read_progress()["solved"]
+        for number, item in enumerate(self.items, start=1):
+            print(f"{number:3}  {'solved' if number in solved else '':7} {item['title']}")
+        count = f"{len(solved)} of {len(self.items)} solved"
+        print(f"\n{count}. Start one: python -m {self.program} 1{self.note}")
+
+    def print_hint(self) -> None:
+        """Print the next hint, or all of them when none is left."""
+        hints, read = self.item["hints"], self.read_progress()["hints"]
+        count = read.get(str(self.number), 0)
+        if count == len(hints):
+            return print("There is no further hint. These were all:", *hints, sep="\n    ")
+        print(f"hint {count + 1} of {len(hints)}: {hints[count]}")
+        self.write_progress(hints=read | {str(self.number): count + 1})
+
+    def judge_copy(self) -> None:
+        """Judge the copy and remember if it is solved. Raises UserError if it is not."""
+        if not self.copy.exists():
+            raise UserError(f"{self.copy}: no such folder; start with: {self.command}")
+        if not all(map(find_spec, ("pytest", "hypothesis", "transformers"))):
+            raise UserError("the judges need packages; run: pip install -r tests/requirements.txt")
+        print(f"running the tests that judge {self.copy} (5 to 20 s) ...", flush=True)
+        if failed := self.find_mistakes():
+            print(*failed, sep="\n")
+            raise UserError(f"not solved yet; for a hint: {self.command} --hint")
+        self.write_progress(solved=sorted({self.number, *self.read_progress()["solved"]}))
+        print(f"Solved! What there is to learn: {self.command} --solve")
+
+    def find_mistakes(self) -> list[str]:
+        return judge(self.item, self.copy)
+
+    def start(self) -> None:
+        """Make the copy with the mistake, unless it exists, and print what a user noticed."""
+        note = f"The mistake is somewhere in {self.copy}. Correct it there."
+        if self.copy.exists() and not self.again:
+            note = f"{self.copy} is as you left it. For a new copy: {self.command} --again"
+        else:
+            shutil.rmtree(self.copy, ignore_errors=True)
+            copy_code(ROOT, self.copy)
+            apply_diff(MISTAKES / f"{self.item['mistake']}.diff", self.copy)
+        print(f"Hunt {self.number}: {self.item['title']}\n\n{self.item['symptom'].strip()}\n")
+        command = self.item["command"].strip().format(copy=self.copy.as_posix())
+        print(f"See it yourself:\n\n{command}\n\n{note}")
+
+    def print_solution(self) -> None:
+        """Print the mistake as a diff, and the lesson."""
+        name, lesson = self.item["mistake"], self.item["lesson"].strip()
+        print(f"Hunt {self.number}: {name}. Lines with - are correct, the copy has those with +.\n")
         print(f"{read_text(MISTAKES / f'{name}.diff')}\n{lesson}")
-    else:
-        start(number, copy, config.again)
 
 
 if __name__ == "__main__":
     arguments = [f"--number={a}" if a.isdecimal() else a for a in sys.argv[1:]]
-    run(main, configure(HuntConfig, arguments))
+    run(HuntConfig.play, configure(HuntConfig, arguments))

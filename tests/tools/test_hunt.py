@@ -28,7 +28,7 @@ def diff_of(number: int) -> str:
 
 
 def play(number: int = 0, **action) -> None:
-    hunt.main(hunt.HuntConfig(number=number, **action))
+    hunt.HuntConfig(number=number, **action).play()
 
 
 def code(folder: Path) -> dict[str, bytes]:
@@ -190,7 +190,7 @@ def test_what_makes_no_sense_or_is_missing_ends_in_one_line(place, monkeypatch):
     assert code == 0 and printed.startswith("Hunt 3: ") and Path("hunt/3/model.py").exists()
     for arguments, expected in {
         "99": (2, "number=99 must be at least 0 and at most"),
-        "0 --hint": (2, "error: which hunt?"),
+        "0 --hint": (2, "error: which one?"),
         "4 --check": (1, "no such folder; start with: python -m tools.hunt 4"),
     }.items():
         code, printed = run(*arguments.split())
