@@ -1,0 +1,392 @@
+"use strict";
+// GPT-2 in plain JavaScript. In a file that `tools.playground --to` wrote, this runs in a worker and
+// answers what tools/playground.py answers elsewhere. The names and letters are those of model.py:
+//
+//     T   tokens in a sequence     C   channels     nh  heads     hs  channels of one head, C / nh
+//
+// A matrix is a Float32Array, one row after the other.
+
+// What a user can correct, in the words of the Python program.
+class UserError extends Error {}
+
+// Text and tokens. Bytes are strings with one character of Latin-1 per byte, as in meta.json.
+
+const toBytes = text => Array.from(new TextEncoder().encode(text), b => String.fromCharCode(b)).join("");
+const byteArray = bytes => Uint8Array.from(bytes, c => c.charCodeAt(0));
+
+// Return the text that token `next` completes after the tokens `before`, all as bytes.
+function addedText(before, next) {
+    const decoder = new TextDecoder("utf-8", {ignoreBOM: true});
+    decoder.decode(byteArray(before.slice(-4).join("")), {stream: true});  // a character: 1 to 4 bytes
+    return decoder.decode(byteArray(next), {stream: true});
+}
+
+const hex = (character, digits) => character.codePointAt(0).toString(16).padStart(digits, "0");
+
+// Return a character as Python prints it inside a string.
+function escaped(c) {
+    const short = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}[c];
+    if (short || c === " " || !/[\p{C}\p{Z}]/u.test(c)) return short ?? c;
+    return c <= "\xff" ? `\\x${hex(c, 2)}` : c <= "\uffff" ? `\\u${hex(c, 4)}` : `\\U${hex(c, 8)}`;
+}
+
+// Return a text as Python's repr() does.
+function repr(text) {
+    const quote = text.includes("'") && !text.includes('"') ? '"' : "'";
+    return quote + Array.from(text, c => c === quote ? `\\${c}` : escaped(c)).join("") + quote;
+}
+
+// Return a token's text with signs for white space and escapes for what can not be printed.
+function labelOf(bytes) {
+    const decoder = new TextDecoder("utf-8", {fatal: true, ignoreBOM: true});
+    const signs = {" ": "␣", "\n": "↵", "\t": "⇥", "\\": "\\"};
+    let label = "";
+    for (let i = 0; i < bytes.length;) {
+        let n = 1, c = null;
+        for (; c === null && n <= 4; n++) {
+            try { c = decoder.decode(byteArray(bytes.slice(i, i + n))); } catch { /* not a character */ }
+        }
+        label += c === null ? `\\x${hex(bytes[i], 2)}` : signs[c] ?? escaped(c);
+        i += c === null ? 1 : n - 1;
+    }
+    return label;
+}
+
+class CharTokenizer {
+    constructor({chars}) {
+        this.chars = Array.from(chars);
+        this.ids = new Map(this.chars.map((c, i) => [c, i]));
+        this.bytes = this.chars.map(toBytes);
+    }
+
+    encode(text) {
+        const characters = Array.from(text), unknown = characters.findIndex(c => !this.ids.has(c));
+        if (unknown >= 0) throw new UserError(
+            `${repr(characters.slice(0, 30).join(""))}: character ${repr(characters[unknown])} at position `
+            + `${unknown} is not one of the ${this.chars.length} characters of this vocabulary: `
+            + repr(this.chars.slice(0, 200).join("")));
+        return characters.map(c => this.ids.get(c));
+    }
+}
+
+class BPETokenizer {
+    constructor({pattern, tokens}) {
+        this.bytes = [...tokens, "<|endoftext|>"];
+        this.endOfText = tokens.length;
+        this.ids = new Map(tokens.map((token, i) => [token, i]));
+        // JavaScript's own \s has a byte order mark, but not the control character U+0085.
+        const spaces = {"\\s": "\\p{White_Space}", "\\S": "\\P{White_Space}"};
+        this.pattern = new RegExp(pattern.replace(/\\[sS]/g, s => spaces[s]), "gu");
+    }
+
+    encode(text) {
+        return text.toWellFormed().split("<|endoftext|>").flatMap((part, i) => [
+            ...(i > 0 ? [this.endOfText] : []),
+            ...(part.match(this.pattern) ?? []).flatMap(word => this.merge(toBytes(word))),
+        ]);
+    }
+
+    // Join the pair of parts that gives the lowest id, again and again.
+    merge(word) {
+        if (this.ids.has(word)) return [this.ids.get(word)];
+        const parts = word.split(""), joined = i => this.ids.get(parts[i] + parts[i + 1]) ?? Infinity;
+        const pairs = parts.slice(1).map((_, i) => joined(i));  // pairs[i]: the id of parts i and i + 1
+        for (;;) {
+            let best = 0;
+            for (let i = 1; i < pairs.length; i++) if (pairs[i] < pairs[best]) best = i;
+            if (!(pairs[best] < Infinity)) return parts.map(part => this.ids.get(part));
+            parts.splice(best, 2, parts[best] + parts[best + 1]);
+            pairs.splice(best, 1);
+            if (best > 0) pairs[best - 1] = joined(best - 1);
+            if (best < pairs.length) pairs[best] = joined(best);
+        }
+    }
+}
+
+// The model
+
+// Return W x + b for each of the T rows of x: two rows of W at a time, and four of x.
+function linear(x, T, weight, bias) {
+    const inputs = x.length / T, outputs = weight.length / inputs, y = new Float32Array(T * outputs);
+    for (let t = 0; t < T; t++) {
+        for (let o = 0; o < outputs; o++) {
+            let sum = bias ? bias[o] : 0;
+            for (let i = 0; i < inputs; i++) sum += x[t * inputs + i] * weight[o * inputs + i];
+            y[t * outputs + o] = sum;
+        }
+    }
+    return y;
+}
+
+function layerNorm(x, weight, bias) {
+    const C = weight.length, y = new Float32Array(x.length);
+    for (let start = 0; start < x.length; start += C) {
+        let mean = 0, variance = 0;
+        for (let i = 0; i < C; i++) mean += x[start + i] / C;
+        for (let i = 0; i < C; i++) variance += (x[start + i] - mean) ** 2 / C;
+        const scale = 1 / Math.sqrt(variance + 1e-5);
+        for (let i = 0; i < C; i++)
+            y[start + i] = (x[start + i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
+    }
+    return y;
+}
+
+// (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u)), which is faster.
+const tanhGelu = x => x / (1 + Math.exp(-2 * Math.sqrt(2 / Math.PI) * (x + 0.044715 * x * x * x)));
+
+// x times the share of a normal distribution below x: formula 7.1.26 of Abramowitz and Stegun 1964.
+function exactGelu(x) {
+    const z = Math.abs(x) / Math.SQRT2, t = 1 / (1 + 0.3275911 * z);
+    const factors = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592];
+    const above = factors.reduce((sum, factor) => (sum * t + factor), 0) * t * Math.exp(-z * z) / 2;
+    return x * (x > 0 ? 1 - above : above);
+}
+
+// Replace `count` values by their softmax.
+function softmax(values, start = 0, count = values.length) {
+    let largest = -Infinity, sum = 0;
+    for (let i = start; i < start + count; i++) largest = Math.max(largest, values[i]);
+    for (let i = start; i < start + count; i++) sum += values[i] = Math.exp(values[i] - largest);
+    for (let i = start; i < start + count; i++) values[i] /= sum;
+    return values;
+}
+
+// Return what T queries, those of the last T of S tokens, collect from the values, and the attention
+// weights, (nh, T, S).
+function attend(q, keys, values, T, S, C, nh, masked) {
+    const hs = C / nh, y = new Float32Array(T * C), weights = new Float32Array(nh * T * S);
+    for (let head = 0; head < nh; head++) {
+        for (let t = 0; t < T; t++) {
+            const seen = masked ? S - T + t + 1 : S, from = t * C + head * hs, row = (head * T + t) * S;
+            for (let s = 0; s < seen; s++) {
+                let score = 0;
+                for (let i = 0, k = s * C + head * hs; i < hs; i++) score += q[from + i] * keys[k + i];
+                weights[row + s] = score / Math.sqrt(hs);
+            }
+            softmax(weights, row, seen);
+            for (let s = 0; s < seen; s++) {
+                const w = weights[row + s], v = s * C + head * hs;
+                for (let i = 0; i < hs; i++) y[from + i] += w * values[v + i];
+            }
+        }
+    }
+    return [y, weights];
+}
+
+const sum = (x, y) => x.map((value, i) => value + y[i]);
+
+class GPT {
+    constructor(config, tensors) {
+        this.config = config;
+        this.tensors = tensors;
+        const head = tensors["lm_head.weight"] ?? tensors["transformer.wte.weight"];
+        this.head = head.subarray(0, config.vocab_size * config.n_embd);  // without rows of padding
+        const room = () => new Float32Array(config.block_size * config.n_embd);
+        this.keys = Array.from({length: config.n_layer}, room);
+        this.values = Array.from({length: config.n_layer}, room);
+        this.ids = [];  // the tokens of these keys and values
+    }
+
+    // Return the logits of the last `rows` of S tokens, one row after the other. Keys and values of the
+    // tokens that began the last call, too, are there already. `observe` is called with the number of
+    // a layer and its values, as tools/playground.py names them.
+    logits(ids, {rows = 1, masked = true, observe = () => {}} = {}) {
+        const {n_embd: C, n_head: nh, n_layer, gelu} = this.config, S = ids.length;
+        let past = 0;
+        if (masked) while (past < S - rows && ids[past] === this.ids[past]) past++;
+        if (!masked || past < S - rows || S > this.ids.length) this.ids = masked ? ids.slice() : [];
+        let T = S - past, x = this.embed(ids, past);
+        for (let layer = 0; layer < n_layer; layer++) {
+            const w = name => this.tensors[`transformer.h.${layer}.${name}`];
+            const norm = (x, name) => layerNorm(x, w(`${name}.weight`), w(`${name}.bias`));
+            const project = (x, name) => linear(x, T, w(`${name}.weight`), w(`${name}.bias`));
+            let normed = norm(x, "ln_1");
+            const part = n => linear(normed, T, w("attn.c_attn.weight").subarray(n * C * C, (n + 1) * C * C),
+                w("attn.c_attn.bias")?.subarray(n * C, (n + 1) * C));
+            const keys = this.keys[layer], values = this.values[layer];
+            keys.set(part(1), past * C);
+            values.set(part(2), past * C);
+            if (layer === n_layer - 1) {  // nothing needs the other rows any more
+                T = rows;
+                x = x.subarray(x.length - T * C);
+                normed = normed.subarray(normed.length - T * C);
+            }
+            const q = part(0), [y, weights] = attend(q, keys, values, T, S, C, nh, masked);
+            const attention = project(y, "attn.c_proj"), middle = sum(x, attention);
+            const hidden = project(norm(middle, "ln_2"), "mlp.c_fc").map(gelu === "exact" ? exactGelu : tanhGelu);
+            const mlp = project(hidden, "mlp.c_proj"), input = x;
+            x = sum(middle, mlp);
+            const [k, v] = [keys, values].map(all => all.subarray((S - T) * C, S * C));
+            observe(layer, {input, normed, q, k, v, weights, attention, hidden, mlp, output: x});
+        }
+        return this.read(x);
+    }
+
+    embed(ids, past) {
+        const C = this.config.n_embd, x = new Float32Array((ids.length - past) * C);
+        const tokens = this.tensors["transformer.wte.weight"], positions = this.tensors["transformer.wpe.weight"];
+        for (let i = 0; i < x.length; i++)
+            x[i] = tokens[ids[past + Math.floor(i / C)] * C + i % C] + positions[past * C + i];
+        return x;
+    }
+
+    // Return the logits that the final LayerNorm and the head read from the rows of x.
+    read(x) {
+        const w = name => this.tensors[`transformer.ln_f.${name}`];
+        return linear(layerNorm(x, w("weight"), w("bias")), x.length / this.config.n_embd, this.head);
+    }
+}
+
+// Return all token ids, the most likely first.
+const ranked = logits => logits.map((_, i) => i).sort((a, b) => logits[b] - logits[a]);
+
+// Return the probabilities with which tokens are drawn, for logits with the largest first. The
+// options are those of sample.py; null for top_k and top_p lets all tokens pass.
+function drawnWith(logits, {temperature, top_k, top_p}) {
+    const count = temperature === 0 ? 1 : Math.min(top_k ?? logits.length, logits.length);
+    const weights = softmax(Float64Array.from(logits.slice(0, count), x => (x - logits[0]) / (temperature || 1)));
+    let before = 0, kept = 0;
+    while (kept < count && before < (top_p ?? Infinity)) before += weights[kept++];
+    return Array.from(logits, (_, i) => i < kept ? weights[i] / before : 0);
+}
+
+// Return a number in [0, 1) that depends on a seed and a number alone.
+function random(seed, number) {
+    let x = (Math.imul(seed, 0x9e3779b1) + Math.imul(number, 0x85ebca77)) | 0;
+    for (const [shift, factor] of [[16, 0x7feb352d], [15, 0x846ca68b], [16, 1]])
+        x = Math.imul(x ^ x >>> shift, factor);
+    return (x >>> 0) / 2 ** 32;
+}
+
+// Return the tensors of a file, by name: base64 text with one after the other.
+function readTensors(base64, shapes, dtype) {
+    const parts = base64.match(/.{1,1048576}/g).map(part => byteArray(atob(part)));
+    const bytes = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
+    parts.reduce((at, part) => (bytes.set(part, at), at + part.length), 0);
+    let numbers = new (dtype === "float16" ? Uint16Array : Float32Array)(bytes.buffer);
+    if (dtype === "float16") {
+        const value = Float32Array.from({length: 65536}, (_, bits) => {
+            const exponent = bits >> 10 & 31, fraction = bits & 1023, sign = bits >> 15 ? -1 : 1;
+            return sign * (exponent ? 2 ** (exponent - 25) * (1024 + fraction) : 2 ** -24 * fraction);
+        });
+        numbers = Float32Array.from(numbers, bits => value[bits]);
+    }
+    let end = 0;
+    return Object.fromEntries(Object.entries(shapes).map(([name, shape]) =>
+        [name, numbers.subarray(end, end += shape.reduce((a, b) => a * b))]));
+}
+
+// Return the last `count` rows of a matrix with `columns` columns, each a copy of its own.
+const lastRows = (x, columns, count) => Array.from({length: count}, (_, i) =>
+    x.slice(x.length - (count - i) * columns, x.length - (count - i - 1) * columns));
+
+// The answers to the page's requests, with the fields that tools/playground.py documents
+class Engine {
+    constructor({tokenizer, shapes, dtype, name, records, ...facts}, weights) {
+        this.model = new GPT(facts.config, readTensors(weights, shapes, dtype));
+        this.tokenizer = new {char: CharTokenizer, bpe: BPETokenizer}[tokenizer.kind](tokenizer);
+        Object.assign(this, {name, records, facts});
+    }
+
+    *runs() {
+        yield {runs: {[this.name]: [this.name]}, newest: this.name};
+    }
+
+    *log({version}) {
+        if (version !== 1) yield {version: 1, records: this.records};
+    }
+
+    token = i => ({id: i, bytes: this.tokenizer.bytes[i]});
+
+    encode(text, written = []) {
+        if (!text) throw new UserError("the prompt is empty; a model can only continue a text");
+        return [...this.tokenizer.encode(text), ...written];
+    }
+
+    *write({options, written}) {
+        const {start: prompt = this.facts.start, max_new_tokens, seed} = options;
+        const ids = this.encode(prompt, written), {block_size} = this.facts.config;
+        yield {...this.facts, prompt, count: ids.length - written.length};
+        for (let n = written.length; n < written.length + max_new_tokens; n++) {
+            const logits = this.model.logits(ids.slice(-block_size)), order = ranked(logits);
+            const drawn = drawnWith(Float32Array.from(order, i => logits[i]), options);
+            let rest = random(seed, n);
+            const rank = drawn.findIndex(p => (rest -= p) < 0), id = order[Math.max(rank, 0)];
+            if (id === this.tokenizer.endOfText) return;
+            yield {...this.token(id), p: softmax(logits)[id]};
+            ids.push(id);
+        }
+    }
+
+    *look({text, written, id, layer: chosen, head}) {
+        const {block_size, n_embd: C, n_head: nh} = this.facts.config, hs = C / nh;
+        const context = this.encode(text, written).slice(-block_size), S = context.length;
+        const rows = Math.min(8, S), attention = [], lens = [];
+        let values;
+        const observe = (layer, seen) => {
+            const T = seen.q.length / C, row = h => ((h + 1) * T - 1) * S;
+            attention.push(Array.from({length: nh}, (_, h) => seen.weights.slice(row(h), row(h) + S)));
+            const logits = this.model.read(seen.output.subarray(-C));
+            const best = ranked(logits).slice(0, 3);
+            softmax(logits);
+            lens.push(Array.from(best, i => ({...this.token(i), p: logits[i]})));
+            if (layer !== chosen) return;
+            const ofHead = x => lastRows(x, C, rows).map(r => r.slice(head * hs, (head + 1) * hs));
+            values = Object.fromEntries(Object.entries(seen).map(([name, x]) => [name,
+                "qkv".includes(name) ? ofHead(x)
+                    : name === "weights" ? lastRows(x.subarray(head * T * S, (head + 1) * T * S), S, rows)
+                    : lastRows(x, x.length / T, rows)]));
+        };
+        const logits = this.model.logits(context, {rows, observe}).slice(-this.facts.config.vocab_size);
+        const order = ranked(logits);
+        yield {
+            logits: Float32Array.from(order, i => logits[i]),
+            candidates: [...new Set([...order.slice(0, 10), id])].map(i =>
+                ({...this.token(i), rank: order.indexOf(i) + 1})),
+            lens, rows: attention, context: context.map(this.token), values,
+        };
+    }
+
+    *read({text, written, count, masked, maps}) {
+        const {block_size, n_head: nh, vocab_size: V} = this.facts.config;
+        const ids = this.encode(text, written);
+        const shown = ids.slice(0, Math.max(1, Math.min(count, block_size))), T = shown.length;
+        const weights = [];
+        const observe = (_, seen) => {
+            if (maps) weights.push(Array.from({length: nh}, (_, h) =>
+                lastRows(seen.weights.subarray(h * T * T, (h + 1) * T * T), T, T)));
+        };
+        const logits = this.model.logits(shown, {rows: T, masked, observe});
+        const losses = shown.slice(1).map((id, t) => -Math.log(softmax(logits, t * V, V)[t * V + id]));
+        yield {tokens: shown.map(this.token), losses, weights, count: ids.length};
+    }
+}
+
+// In a worker: answer requests, several at the same time if the page asks for them.
+if (typeof document === "undefined") {
+    const ended = new Set();  // the page does not need the rest of these answers
+    let engine;
+    onmessage = async ({data: {model, weights, id, action, fields}}) => {
+        if (model) engine = new Engine(JSON.parse(model), weights);
+        if (!action) return ended.add(id);
+        const {port1, port2} = new MessageChannel();
+        const pause = () => new Promise(resolve => {  // let other messages in
+            port1.onmessage = resolve;
+            port2.postMessage(null);
+        });
+        try {
+            let last = performance.now();
+            for (const answer of engine[action](fields)) {
+                postMessage({id, answer});
+                if (performance.now() < last + 15) continue;
+                await pause();
+                last = performance.now();
+                if (ended.has(id)) break;
+            }
+        } catch (error) {
+            postMessage({id, answer: {error: error.message}});
+        }
+        postMessage({id, answer: null});
+        port1.close();
+    };
+}
