@@ -105,16 +105,48 @@ class BPETokenizer {
 
 // The model
 
-// Return W x + b for each of the T rows of x: two rows of W at a time, and four of x.
-function linear(x, T, weight, bias) {
-    const inputs = x.length / T, outputs = weight.length / inputs, y = new Float32Array(T * outputs);
-    for (let t = 0; t < T; t++) {
-        for (let o = 0; o < outputs; o++) {
-            let sum = bias ? bias[o] : 0;
-            for (let i = 0; i < inputs; i++) sum += x[t * inputs + i] * weight[o * inputs + i];
-            y[t * outputs + o] = sum;
+// Return the product of each row of A with each row of B, rows of n numbers. Four rows with two others
+// at a time read every number less often. Past the last row they read the last one again, and what
+// they write past the end of an array is ignored.
+function products(A, B, n) {
+    const rows = A.length / n, columns = B.length / n, result = new Float32Array(rows * columns);
+    const last = (rows - 1) * n;
+    for (let row = 0; row < rows; row += 4) {
+        const a = row * n, b = Math.min(a + n, last), c = Math.min(b + n, last), d = Math.min(c + n, last);
+        for (let column = 0; column < columns; column += 2) {
+            const e = column * n, f = Math.min(column + 1, columns - 1) * n;
+            let ae = 0, be = 0, ce = 0, de = 0, af = 0, bf = 0, cf = 0, df = 0;
+            for (let i = 0; i < n; i++) {
+                const x = B[e + i], y = B[f + i];
+                const p = A[a + i], q = A[b + i], r = A[c + i], s = A[d + i];
+                ae += p * x;
+                be += q * x;
+                ce += r * x;
+                de += s * x;
+                af += p * y;
+                bf += q * y;
+                cf += r * y;
+                df += s * y;
+            }
+            const at = row * columns + column;
+            result[at] = ae;
+            result[at + columns] = be;
+            result[at + 2 * columns] = ce;
+            result[at + 3 * columns] = de;
+            if (column + 1 === columns) continue;
+            result[at + 1] = af;
+            result[at + columns + 1] = bf;
+            result[at + 2 * columns + 1] = cf;
+            result[at + 3 * columns + 1] = df;
         }
     }
+    return result;
+}
+
+// Return W x + b for each row of x. One row is multiplied as if it was the matrix.
+function linear(x, inputs, W, bias) {
+    const y = x.length === inputs ? products(W, x, inputs) : products(x, W, inputs);
+    if (bias) for (let i = 0; i < y.length; i++) y[i] += bias[i % bias.length];
     return y;
 }
 
@@ -191,30 +223,28 @@ class GPT {
     // tokens that began the last call, too, are there already. `observe` is called with the number of
     // a layer and its values, as tools/playground.py names them.
     logits(ids, {rows = 1, masked = true, observe = () => {}} = {}) {
-        const {n_embd: C, n_head: nh, n_layer, gelu} = this.config, S = ids.length;
+        const {n_embd: C, n_head: nh, n_layer} = this.config, S = ids.length;
+        const gelu = this.config.gelu === "exact" ? exactGelu : tanhGelu;
         let past = 0;
         if (masked) while (past < S - rows && ids[past] === this.ids[past]) past++;
         if (!masked || past < S - rows || S > this.ids.length) this.ids = masked ? ids.slice() : [];
-        let T = S - past, x = this.embed(ids, past);
+        let x = this.embed(ids, past);
         for (let layer = 0; layer < n_layer; layer++) {
             const w = name => this.tensors[`transformer.h.${layer}.${name}`];
             const norm = (x, name) => layerNorm(x, w(`${name}.weight`), w(`${name}.bias`));
-            const project = (x, name) => linear(x, T, w(`${name}.weight`), w(`${name}.bias`));
+            const project = (x, inputs, name) => linear(x, inputs, w(`${name}.weight`), w(`${name}.bias`));
             let normed = norm(x, "ln_1");
-            const part = n => linear(normed, T, w("attn.c_attn.weight").subarray(n * C * C, (n + 1) * C * C),
-                w("attn.c_attn.bias")?.subarray(n * C, (n + 1) * C));
+            const part = i => linear(normed, C, w("attn.c_attn.weight").subarray(i * C * C, (i + 1) * C * C),
+                w("attn.c_attn.bias")?.subarray(i * C, (i + 1) * C));  // 0: q, 1: k, 2: v
             const keys = this.keys[layer], values = this.values[layer];
             keys.set(part(1), past * C);
             values.set(part(2), past * C);
-            if (layer === n_layer - 1) {  // nothing needs the other rows any more
-                T = rows;
-                x = x.subarray(x.length - T * C);
-                normed = normed.subarray(normed.length - T * C);
-            }
-            const q = part(0), [y, weights] = attend(q, keys, values, T, S, C, nh, masked);
-            const attention = project(y, "attn.c_proj"), middle = sum(x, attention);
-            const hidden = project(norm(middle, "ln_2"), "mlp.c_fc").map(gelu === "exact" ? exactGelu : tanhGelu);
-            const mlp = project(hidden, "mlp.c_proj"), input = x;
+            if (layer === n_layer - 1) [x, normed] = [x, normed].map(y => y.subarray(-rows * C));
+            const input = x, T = x.length / C, q = part(0);
+            const [y, weights] = attend(q, keys, values, T, S, C, nh, masked);
+            const attention = project(y, C, "attn.c_proj"), middle = sum(input, attention);
+            const hidden = project(norm(middle, "ln_2"), C, "mlp.c_fc").map(gelu);
+            const mlp = project(hidden, 4 * C, "mlp.c_proj");
             x = sum(middle, mlp);
             const [k, v] = [keys, values].map(all => all.subarray((S - T) * C, S * C));
             observe(layer, {input, normed, q, k, v, weights, attention, hidden, mlp, output: x});
@@ -233,7 +263,7 @@ class GPT {
     // Return the logits that the final LayerNorm and the head read from the rows of x.
     read(x) {
         const w = name => this.tensors[`transformer.ln_f.${name}`];
-        return linear(layerNorm(x, w("weight"), w("bias")), x.length / this.config.n_embd, this.head);
+        return linear(layerNorm(x, w("weight"), w("bias")), this.config.n_embd, this.head);
     }
 }
 
