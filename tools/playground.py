@@ -64,6 +64,8 @@ class PlaygroundConfig:
 
     def __post_init__(self) -> None:
         check_range(self, 1, 65535, "port")
+        if self.to and "," in self.out_dir:
+            raise UserError(f"out_dir={self.out_dir} names several runs; --to takes one run")
 
 
 class Loaded(NamedTuple):
@@ -257,13 +259,15 @@ class Playground:
         }
 
     def read(self, fields: dict) -> Iterator[dict]:
-        """The first `count` tokens of a text and the ids `written`, their losses, and all attention.
+        """The first `count` tokens of a text and the ids `written`, and their losses.
 
-        Without `masked`, each token also looks at the tokens after it. Only with `maps`, the answer
-        has the attention weights.
+        With `maps` also the attention weights. Without `masked`, tokens also look at later ones.
         """
         loaded = self.checkpoints.load(fields["checkpoint"])
-        ids, limit = loaded.encode(fields["text"], fields["written"]), loaded.model.config.block_size
+        ids, limit = (
+            loaded.encode(fields["text"], fields["written"]),
+            loaded.model.config.block_size,
+        )
         idx = loaded.idx(ids[: max(1, min(fields["count"], limit))])
         layers, logits = observe(loaded.model, idx, fields["masked"])
         yield {
