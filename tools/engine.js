@@ -334,7 +334,7 @@ class Engine {
     }
 
     *write({options, written}) {
-        const {start: prompt = this.facts.start, max_new_tokens, seed} = options;
+        const {max_new_tokens, seed} = options, prompt = options.start ?? this.facts.start;
         const ids = this.encode(prompt, written), {block_size} = this.facts.config;
         yield {...this.facts, prompt, count: ids.length - written.length};
         for (let n = written.length; n < written.length + max_new_tokens; n++) {
@@ -394,29 +394,23 @@ class Engine {
 
 // In a worker: answer requests, several at the same time if the page asks for them.
 if (typeof document === "undefined") {
-    const ended = new Set();  // the page does not need the rest of these answers
     let engine;
-    onmessage = async ({data: {model, weights, id, action, fields}}) => {
+    onmessage = async ({data: {model, weights, action, fields, port}}) => {
         if (model) engine = new Engine(JSON.parse(model), weights);
-        if (!action) return ended.add(id);
-        const {port1, port2} = new MessageChannel();
-        const pause = () => new Promise(resolve => {  // let other messages in
-            port1.onmessage = resolve;
-            port2.postMessage(null);
-        });
+        if (!action) return;
+        let ended = false, last = performance.now();
+        port.onmessage = () => { ended = true; };  // the page does not need the rest
         try {
-            let last = performance.now();
             for (const answer of engine[action](fields)) {
-                postMessage({id, answer});
-                if (performance.now() < last + 15) continue;
-                await pause();
+                port.postMessage(answer);
+                if (performance.now() < last + 30) continue;
+                await new Promise(resolve => setTimeout(resolve));  // let other messages in
+                if (ended) break;
                 last = performance.now();
-                if (ended.has(id)) break;
             }
         } catch (error) {
-            postMessage({id, answer: {error: error.message}});
+            port.postMessage({error: error.message});
         }
-        postMessage({id, answer: null});
-        port1.close();
+        port.postMessage(null);
     };
 }

@@ -1,7 +1,7 @@
 "use strict";
-// Draw what tools/playground.py answers or, in a file that --to wrote, engine.js. Text reaches the page
-// only as text nodes and attribute values, never as HTML, so a prompt, a token or a file name can not
-// add elements or scripts.
+// Draw what tools/playground.py answers or, in a file that --to wrote, engine.js. Text reaches the
+// page only as text nodes and attribute values, never as HTML, so a prompt, a token or a file name
+// can not add elements or scripts.
 
 const PROJECT = "gpt2-from-scratch";
 const byId = id => document.getElementById(id);
@@ -28,64 +28,52 @@ function report(id, error) {
     show(id, "The program does not answer. Is it still running?", true);
 }
 
-// Send a request to the server; yield the objects of the answer, one per line, as they arrive.
-async function* askServer(action, fields, signal) {
-    const options = {method: "POST", body: JSON.stringify(fields), signal};
-    const response = await fetch(action, options);
+// Return a stream of the objects in the server's answer, one per line.
+async function askServer(action, fields, signal) {
+    const response = await fetch(action, {method: "POST", body: JSON.stringify(fields), signal});
     if (!response.ok) throw new UserError(`The program refused the request (${response.status}).`);
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
-    for (;;) {
-        const {done, value} = await reader.read();
-        if (done) return;
-        const lines = (rest + value).split("\n");
+    const parse = new TransformStream({transform(chunk, controller) {
+        const lines = (rest + chunk).split("\n");
         rest = lines.pop();
-        for (const line of lines) yield JSON.parse(line);
-    }
+        for (const line of lines) controller.enqueue(JSON.parse(line));
+    }});
+    return response.body.pipeThrough(new TextDecoderStream()).pipeThrough(parse);
 }
 
-// In a file that --to wrote: the worker with the engine, and what waits for its answers.
-const sent = byId("weights") !== null;
-const waiting = new Map();
+const isFile = byId("weights") !== null;  // --to wrote this page, and the model is inside it
 let worker;
 
 function startEngine() {
     const source = new Blob([byId("engine").textContent], {type: "text/javascript"});
     worker = new Worker(URL.createObjectURL(source));
-    worker.onmessage = ({data: {id, answer}}) => waiting.get(id)?.(answer);
     const [model, weights] = ["model", "weights"].map(id => byId(id).textContent);
     worker.postMessage({model, weights});
     byId("weights").remove();  // the worker has a copy
 }
 
-async function* askEngine(action, fields, signal) {
-    const id = crypto.randomUUID(), answers = [];
-    let wake = null;
-    const receive = answer => {
-        answers.push(answer);
-        wake?.();
-    };
-    waiting.set(id, receive);
-    signal?.addEventListener("abort", () => {
-        worker.postMessage({id});
-        receive(null);
-    });
-    worker.postMessage({id, action, fields});
-    for (;;) {
-        while (!answers.length) await new Promise(resolve => { wake = resolve; });
-        signal?.throwIfAborted();
-        if (answers[0] === null) break;
-        yield answers.shift();
-    }
-    waiting.delete(id);
+// Return a stream of the engine's answers.
+function askEngine(action, fields, signal) {
+    const {port1, port2} = new MessageChannel();
+    worker.postMessage({action, fields, port: port2}, [port2]);
+    return new ReadableStream({start(controller) {
+        port1.onmessage = ({data}) => data ? controller.enqueue(data) : controller.close();
+        signal?.addEventListener("abort", () => {
+            port1.onmessage = null;
+            port1.postMessage("end");
+            controller.error(signal.reason);
+        });
+    }});
 }
 
-// Yield the answers to a request.
+// Yield the answers to a request as they arrive.
 async function* ask(action, fields, signal) {
-    for await (const answer of (sent ? askEngine : askServer)(action, fields, signal)) {
-        if (answer.error) throw new UserError(answer.error);
-        if (signal?.aborted) return;
-        yield answer;
+    const stream = await (isFile ? askEngine : askServer)(action, fields, signal);
+    for (const reader = stream.getReader();;) {
+        const {done, value} = await reader.read();
+        if (done || signal?.aborted) return;
+        if (value.error) throw new UserError(value.error);
+        yield value;
     }
 }
 
@@ -97,22 +85,26 @@ function beginTurn(kind) {
     return turns[kind].signal;
 }
 
+const isWide = () => matchMedia("(min-width: 950px)").matches;
 const average = numbers => numbers.reduce((a, b) => a + b, 0) / numbers.length;
 const percent = p => p === 0 ? "0%" : p < 0.0005 ? "<0.1%" : `${(100 * p).toFixed(1)}%`;
 // The square root separates 1% from 5% as well as 50% from 80%.
 const shade = p => Math.sqrt(p).toFixed(2);
 
-const cell = (p, ...children) => {
-    const td = html("td", {class: "bar"}, ...children, percent(p));
-    td.style.setProperty("--p", p.toFixed(4));
-    return td;
-};
+// Color an element by a probability.
+function withColor(node, p) {
+    node.style.setProperty("--p", p.toFixed(4));
+    node.style.setProperty("--shade", shade(p));
+    return node;
+}
+const cell = (p, ...children) => withColor(html("td", {class: "bar"}, ...children, percent(p)), p);
 
 // The model
 
 let runs = {};  // the checkpoints of each run
 
 const integer = n => n.toLocaleString("en");
+const short = n => Number(n.toPrecision(3));
 
 // Return the size of a model, its step and its loss.
 async function describe(checkpoint, {config: c, parameters, step}) {
@@ -121,38 +113,27 @@ async function describe(checkpoint, {config: c, parameters, step}) {
     try {
         for await (const {records} of ask("log", {run, version: null})) {
             const r = records.findLast(r => r.val_loss != null && r.step <= step);
-            if (!r) continue;
-            loss = `validation loss ${r.val_loss.toFixed(3)}`;
-            loss += r.step === step ? "" : ` at step ${integer(r.step)}`;
-            loss += ` (epoch ${Number(r.epoch.toPrecision(3))})`;
+            if (r) loss = `validation loss ${r.val_loss.toFixed(3)}`
+                + `${r.step === step ? "" : ` at step ${integer(r.step)}`} (epoch ${short(r.epoch)})`;
         }
-    } catch { /* the run has no log */ }
-    return `${integer(parameters)} parameters: ${c.n_layer} layers, ${c.n_head} heads, `
-        + `${c.n_embd} wide, context ${integer(c.block_size)}, vocabulary `
-        + `${integer(c.vocab_size)}; step ${integer(step)}, ${loss}`;
+    } catch { /* there is no log */ }
+    return `${integer(parameters)} parameters: ${c.n_layer} layers, ${c.n_head} heads, ${c.n_embd} `
+        + `wide, context ${integer(c.block_size)}, vocabulary ${integer(c.vocab_size)}; step `
+        + `${integer(step)}, ${loss}`;
 }
 
 // Return the number in an input. Throws UserError if it is not one that the input takes.
 function numberIn(id) {
-    const input = byId(id), {min, max, validity} = input;
-    if (validity.valid) return input.valueAsNumber;
-    const name = input.labels[0].firstChild.textContent.trim();
+    const input = byId(id), {min, max} = input, name = input.labels[0].firstChild.textContent.trim();
+    if (input.validity.valid) return input.valueAsNumber;
     throw new UserError(`${name}: write a number from ${min} to ${integer(Number(max))}.`);
 }
 
+// Return the options of sample.py with these names.
 function samplingOptions() {
-    return {
-        temperature: numberIn("temperature"),
-        top_k: numberIn("top_k") || null,
-        top_p: numberIn("top_p") === 1 ? null : numberIn("top_p"),
-        max_new_tokens: numberIn("max_new_tokens"),
-        seed: numberIn("seed"),
-    };
-}
-
-function describeSettings({temperature, top_k, top_p}) {
-    return `temperature ${temperature}` + (top_k === null ? "" : `, top-k ${top_k}`)
-        + (top_p === null ? "" : `, top-p ${top_p}`);
+    const names = ["temperature", "top_k", "top_p", "max_new_tokens", "seed"];
+    const options = Object.fromEntries(names.map(name => [name, numberIn(name)]));
+    return {...options, top_k: options.top_k || null, top_p: options.top_p < 1 ? options.top_p : null};
 }
 
 // The prompt; null asks for the one of the run's own samples, as long as nobody has typed another.
@@ -168,47 +149,49 @@ function isLoading(message) {
 
 // Write: a text and, for one token, its candidates, its attention and the logit lens
 
-let written = {checkpoint: "", prompt: "", count: 0, tokens: []};
-let undone = [];  // earlier texts, the last one last
+let written = {checkpoint: "", prompt: "", tokens: [], goal: 0};  // goal: the planned length
+let undone = [];  // earlier texts
 let chosen = 0;
 let following = true;  // scroll to the end while the text grows, until the user chooses a token
 let looked = null;  // the answer about the chosen token
 
 const promptSpan = text => html("span", {class: "prompt"}, text);
-
 const label = token => labelOf(token.bytes);
+const idsOf = tokens => tokens.map(token => token.id);
 
-// Return the element of tokens[number].
-function tokenSpan(tokens, number) {
-    const {bytes, p} = tokens[number];
-    const before = tokens.slice(Math.max(0, number - 4), number).map(token => token.bytes);
+// Append the element of the last token.
+function appendToken(box, tokens) {
+    const {bytes, p} = tokens.at(-1), number = tokens.length - 1;
+    const before = tokens.slice(-5, -1).map(token => token.bytes);
     const span = html("span", {class: "token", title: percent(p), "data-token": number});
-    span.style.setProperty("--shade", shade(p));
-    addedText(before, bytes).split("\n").forEach((line, i) => {  // show a line end: one can click it
+    addedText(before, bytes).split("\n").forEach((line, i) => {  // show a line end, to be clicked
         if (i > 0) span.append(html("i", {}, "↵"), "\n");
         span.append(line);
     });
-    return span;
+    box.append(withColor(span, p));
 }
 
-const writtenIds = count => written.tokens.slice(0, count).map(token => token.id);
+function drawText() {
+    byId("text").replaceChildren(promptSpan(written.prompt));
+    written.tokens.forEach((_, i) => appendToken(byId("text"), written.tokens.slice(0, i + 1)));
+    byId("write-back").hidden = !undone.length;
+}
 
 // Ask for what the model computed before it wrote the chosen token.
 async function look() {
-    const signal = beginTurn("look"), token = written.tokens[chosen];
-    const n = Number(byId("way-head").value), {n_head} = written.config;
-    const place = {layer: Math.floor(n / n_head), head: n % n_head, id: token.id};
-    const request = {checkpoint: written.checkpoint, text: written.prompt, ...place};
+    const signal = beginTurn("look"), {checkpoint, prompt: text, tokens, config} = written;
+    const n = Number(byId("way-head").value), [layer, head] = [Math.floor(n / config.n_head), n % config.n_head];
+    const place = {number: chosen, id: tokens[chosen].id, layer, head};
+    const request = {...place, checkpoint, text, written: idsOf(tokens.slice(0, chosen))};
     try {
-        for await (const answer of ask("look", {...request, written: writtenIds(chosen)}, signal)) {
+        for await (const answer of ask("look", request, signal)) {
             looked = {...answer, ...place};
             drawCandidates();
             drawRow();
             byId("lens").replaceChildren(...answer.lens.map((best, i) => html("tr", {},
-                html("th", {scope: "row"}, i + 1),
-                ...best.map(c => cell(c.p,
-                    html(c.id === token.id ? "b" : "span", {class: "piece"}, label(c)), " ")))));
-            if (!byId("inside").hidden) drawWay();
+                html("th", {scope: "row"}, i + 1), ...best.map(c => cell(c.p,
+                    html(c.id === place.id ? "b" : "span", {class: "piece"}, label(c)), " ")))));
+            redraw();
         }
     } catch (error) {
         report("about", error);
@@ -217,102 +200,77 @@ async function look() {
 
 function drawCandidates() {
     if (!looked) return;
-    const {logits, candidates, id} = looked, plain = {temperature: 1, top_k: null, top_p: null};
-    const [says, drawn] = [plain, samplingOptions()].map(options => drawnWith(logits, options));
-    byId("candidates").replaceChildren(...candidates.map(c => html("tr",
-        {class: c.id === id ? "taken" : ""},
+    const says = drawnWith(looked.logits, {temperature: 1});
+    const drawn = drawnWith(looked.logits, samplingOptions());
+    byId("candidates").replaceChildren(...looked.candidates.map(c => html("tr",
+        {class: c.id === looked.id ? "taken" : ""},
         html("td", {}, integer(c.rank)),
         html("th", {scope: "row"}, html("button", {"data-id": c.id}, label(c))),
         cell(says[c.rank - 1]), cell(drawn[c.rank - 1]))));
 }
 
-// Show which tokens the last one of the context looked at, in one head or in the mean of all.
+// Show what the last token of the context looked at, in one head or in the mean of all.
 function drawRow() {
     const heads = looked.rows.flat(), head = heads[byId("row-head").value];
-    const shown = head ? [head] : heads;
-    byId("row").replaceChildren(...looked.context.map((token, i) => {
-        const p = shown.reduce((sum, row) => sum + row[i], 0) / shown.length;
-        const span = html("span", {class: "seen", title: percent(p)}, label(token));
-        span.style.setProperty("--shade", shade(p));
-        return span;
-    }));
+    const row = head ?? heads[0].map((_, i) => average(heads.map(weights => weights[i])));
+    const largest = Math.max(...row);
+    byId("row").replaceChildren(...looked.context.map((token, i) => withColor(
+        html("span", {class: "seen", title: percent(row[i])}, label(token)), row[i] / largest)));
     byId("row").scrollTop = byId("row").scrollHeight;
-}
-
-function offerHeads(select, {n_layer, n_head}) {
-    const before = select.value, all = [...select.options].filter(option => option.value === "all");
-    select.replaceChildren(...all, ...Array.from({length: n_layer * n_head}, (_, i) =>
-        html("option", {value: i}, `layer ${Math.floor(i / n_head) + 1}, head ${i % n_head + 1}`)));
-    select.value = before;
-    if (!select.value) select.selectedIndex = 0;
-}
-
-function drawToken() {
-    const token = written.tokens[chosen];
-    for (const view of document.querySelectorAll(".token-view")) view.hidden = !token;
-    if (!token) {
-        turns.look?.abort();
-        looked = null;
-        return;
-    }
-    byId("choice").replaceChildren(
-        `Token ${chosen + 1} is `, html("b", {}, label(token)), ". The candidates were:");
-    look();
 }
 
 function choose(number) {
     const spans = byId("text").querySelectorAll(".token");
+    for (const view of document.querySelectorAll(".token-view")) view.hidden = !spans.length;
     if (!spans[number]) return;
     spans[chosen]?.classList.remove("chosen");
     chosen = number;
     spans[chosen].classList.add("chosen");
-    drawToken();
+    byId("choice").replaceChildren(`Token ${chosen + 1} is `,
+        html("b", {}, label(written.tokens[chosen])), ". The candidates were:");
+    look();
 }
 
 function chooseByHand(number) {
     following = false;
     choose(number);
     byId("text").querySelector(".chosen")?.scrollIntoView({block: "nearest"});
-    if (matchMedia("(max-width: 949px)").matches)
-        byId("choice").parentElement.scrollIntoView({block: "nearest"});
+    if (!isWide()) byId("sampling").parentElement.scrollIntoView({block: "nearest"});
 }
 
-function drawText() {
-    byId("text").replaceChildren(promptSpan(written.prompt),
-        ...written.tokens.map((_, i) => tokenSpan(written.tokens, i)));
-    byId("write-back").hidden = !undone.length;
-}
-
-// Write `count` tokens after the tokens of the text. `fresh` begins a new text with the prompt.
+// Write `count` tokens after those of the text. `fresh` begins a new text with the prompt.
 async function writeText({fresh = true, count} = {}) {
     const signal = beginTurn("write"), box = byId("text"), checkpoint = byId("checkpoint").value;
     following = true;
+    mapOver("text");
     if (fresh) {
-        written = {checkpoint, prompt: "", count: 0, tokens: [], goal: 0};
-        [undone, chosen] = [[], 0];
+        turns.look?.abort();
+        if (checkpoint !== written.checkpoint) show("model-about", "");
+        written = {checkpoint, prompt: "", tokens: [], goal: 0};
+        [undone, chosen, looked] = [[], 0, null];
         drawText();
-        drawToken();
+        choose(0);
     }
     const {tokens} = written, begun = tokens.length;
     const loading = setTimeout(() => show("about", "loading the model ..."), 300);
     try {
-        const options = {...samplingOptions(), start: fresh ? prompt() ?? undefined : written.prompt};
-        if (count !== undefined) options.max_new_tokens = count;
+        const options = {...samplingOptions(), start: (fresh ? prompt() : written.prompt) ?? undefined};
+        options.max_new_tokens = count ?? options.max_new_tokens;
         written.goal = begun + options.max_new_tokens;
-        const request = {checkpoint: written.checkpoint, options, written: writtenIds()};
+        const request = {checkpoint: written.checkpoint, options, written: idsOf(tokens)};
         let note = "";
         for await (const answer of ask("write", request, signal)) {
             clearTimeout(loading);
             if (answer.config) {
                 const limit = answer.config.block_size;
-                if (answer.count > limit) note = `The prompt has ${integer(answer.count)} tokens, and `
-                    + `this model sees the last ${integer(limit)}.`;
+                if (answer.count > limit) note = `The prompt has ${integer(answer.count)} tokens, `
+                    + `and this model sees the last ${integer(limit)}.`;
                 show("about", note);
                 if (fresh) beginText(answer);
                 continue;
             }
             tokens.push(answer);
-            box.append(tokenSpan(tokens, tokens.length - 1));
+            appendToken(box, tokens);
             if (tokens.length === begun + 1 && (fresh || count === 1)) choose(begun);
             if (following) box.scrollTop = box.scrollHeight;
         }
@@ -329,52 +287,68 @@ function beginText(answer) {
     const {checkpoint} = Object.assign(written, answer);
     if (!typed) byId("prompt").value = answer.prompt;
     drawText();
-    for (const id of ["row-head", "way-head"]) offerHeads(byId(id), answer.config);
+    for (const select of [byId("row-head"), byId("way-head")]) {
+        const {n_layer, n_head} = answer.config, before = select.value;
+        const names = Array.from({length: n_layer * n_head}, (_, i) =>
+            `layer ${Math.floor(i / n_head) + 1}, head ${i % n_head + 1}`);
+        select.replaceChildren(select.querySelector("[value=all]") ?? "",
+            ...names.map((name, i) => html("option", {value: i}, name)));
+        select.value = before;
+        if (!select.value) select.selectedIndex = 0;
+    }
     describe(checkpoint, answer).then(about => {
         if (checkpoint === written.checkpoint) show("model-about", `${checkpoint}: ${about}`);
     });
     redraw();
 }
 
-// Put a candidate in the place of the chosen token and go on to the old length.
-async function replaceToken(candidate) {
-    const {tokens, goal} = written;
-    undone.push({tokens: [...tokens], chosen});
-    const p = drawnWith(looked.logits, {temperature: 1})[candidate.rank - 1];
-    written.tokens = [...tokens.slice(0, chosen), {...candidate, p}];
+// Put a candidate in the place of the token that was looked at, and go on to the old length.
+function replaceToken(candidate) {
+    const {tokens, goal} = written, {number, logits} = looked;
+    undone.push({tokens: [...tokens], number});
+    const p = drawnWith(logits, {temperature: 1})[candidate.rank - 1];
+    written.tokens = [...tokens.slice(0, number), {...candidate, p}];
     drawText();
-    choose(chosen);
-    await writeText({fresh: false, count: goal - written.tokens.length});
+    choose(number);
+    if (goal > number + 1) writeText({fresh: false, count: goal - number - 1});
+    else turns.write.abort();
 }
 
 // Go on with the text, or begin a new one if the prompt or the checkpoint is another one now.
 function continueText(count) {
-    const same = (prompt() ?? written.prompt) === written.prompt
-        && written.checkpoint === byId("checkpoint").value && written.prompt !== "";
+    const same = written.prompt && (prompt() ?? written.prompt) === written.prompt
+        && written.checkpoint === byId("checkpoint").value;
     writeText({fresh: !same, count});
+}
+
+function undo() {
+    turns.write?.abort();
+    const {tokens, number} = undone.pop();
+    Object.assign(written, {tokens, goal: tokens.length});
+    drawText();
+    chooseByHand(number);
 }
 
 // Tokens: the pieces of the prompt
 
 async function drawTokens() {
     const signal = beginTurn("tokens"), text = byId("prompt").value;
-    const request = {checkpoint: byId("checkpoint").value, text, written: [], count: 1e6};
+    const fields = {checkpoint: byId("checkpoint").value, text, written: [], masked: true, maps: false};
     if (isLoading("tokens-message")) return;
     try {
-        const options = {...request, masked: true, maps: false};
-        for await (const {tokens, losses, count} of ask("read", options, signal)) {
+        for await (const {tokens, losses, count} of ask("read", {...fields, count: 1e6}, signal)) {
             const many = (n, word) => `${integer(n)} ${word}${n === 1 ? "" : "s"}`;
             const shown = tokens.length < count ? `; these are the first ${tokens.length}` : "";
-            const mean = losses.length ? ` Loss: ${average(losses).toFixed(3)} nats per token, the mean of `
-                + "-ln(probability)." : "";
+            const loss = losses.length ? ` Loss: ${average(losses).toFixed(3)} nats per token, the `
+                + "mean of -ln(probability)." : "";
             show("tokens-message", `${many(Array.from(text).length, "character")}, `
-                + `${many(count, "token")}${shown}.${mean}`);
+                + `${many(count, "token")}${shown}.${loss}`);
             byId("pieces").replaceChildren(...tokens.map((token, i) => {
-                const p = i ? Math.exp(-losses[i - 1]) : null;
-                const piece = html("span", {class: i ? "piece token" : "piece"}, label(token));
-                piece.style.setProperty("--shade", shade(p ?? 0));
-                return html("li", {}, piece, html("small", {}, `id ${token.id}`),
-                    html("small", {}, i ? percent(p) : "first"));
+                const p = Math.exp(-losses[i - 1]), known = i > 0;  // no token is before the first
+                const piece = html("span", {class: known ? "piece token" : "piece"}, label(token));
+                return html("li", {}, known ? withColor(piece, p) : piece,
+                    html("small", {}, `id ${token.id}`),
+                    html("small", {}, known ? percent(p) : "first"));
             }));
         }
     } catch (error) {
@@ -388,12 +362,14 @@ async function drawTokens() {
 let seen = null;  // the labels of the tokens, and the maps of all heads
 let head = [0, 0];  // the layer and the head that are large
 
+const mapOver = what => { document.querySelector(`[name="over"][value="${what}"]`).checked = true; };
+
 function verdict([masked, unmasked]) {
     const losses = `Without the mask the loss goes from ${masked.toFixed(3)} to ${unmasked.toFixed(3)}`;
-    if (unmasked < masked / 2)
-        return `${losses}, which is impossibly good: this model was trained without the mask. It copies `
-            + "each answer from the next token, which does not exist when it writes.";
-    return `${losses}: this model was trained with the mask and never learned to use later tokens.`;
+    return unmasked < masked / 2
+        ? `${losses}, which is impossibly good: this model was trained without the mask. It copies `
+            + "each answer from the next token, which does not exist when it writes."
+        : `${losses}: this model was trained with the mask and never learned to use later tokens.`;
 }
 
 function heatMap({weights, masked}, labels) {
@@ -423,26 +399,24 @@ function heatMap({weights, masked}, labels) {
             svg("text", {x: edge, y: middle + 4 * unit, "text-anchor": "end"}, names[row]),
             svg("text", longest === 1 ? upright : turned, names[row]));
     }
-    const [left, top] = [11 * unit, 11 * unit];
+    const below = `translate(${11 * unit} ${end}) rotate(-90)`;
     map.append(
         svg("path", {class: "stairs", d: steps}),
-        svg("text", {class: "axis", x: margin, y: top}, "looked at (keys) →"),
-        svg("text", {class: "axis", transform: `translate(${left} ${end}) rotate(-90)`},
-            "looking (queries) →"));
+        svg("text", {class: "axis", x: margin, y: 11 * unit}, "looked at (keys) →"),
+        svg("text", {class: "axis", transform: below}, "looking (queries) →"));
     if (masked && T > 12) map.append(svg("text", {class: "axis", x: end - 6, y: margin + 20 * unit,
         "text-anchor": "end"}, "the future, masked"));
     return map;
 }
 
 function figure({masked, loss, weights}, labels) {
-    const [layer, number] = head;
-    const map = {masked, weights: weights[layer][number].map(row => Array.from(row))};
-    const future = map.weights.flatMap((row, i) => row.slice(i + 1)).reduce((a, b) => a + b, 0);
+    const [layer, number] = head, rows = Array.from(weights[layer][number], row => Array.from(row));
+    const future = average(rows.map((row, i) => row.slice(i + 1).reduce((a, b) => a + b, 0)));
     return html("figure", {}, html("figcaption", {},
         html("b", {}, `Layer ${layer + 1}, head ${number + 1}, ${masked ? "with" : "without"} the mask`),
-        html("br"), `loss ${loss.toFixed(3)} nats per token, ${percent(future / labels.length)} of the `
-            + "attention on the future"),
-    heatMap(map, labels));
+        html("br"), `loss ${loss.toFixed(3)} nats per token, ${percent(future)} of the attention on the `
+            + "future"),
+    heatMap({masked, weights: rows}, labels));
 }
 
 // Return a canvas with a pixel for each number: blue above 0, orange below, strong if it is large.
@@ -458,16 +432,14 @@ function picture(rows, largest = 1) {
     return canvas;
 }
 
-const thumbnail = (weights, layer, number) => html("button", {"data-head": [layer, number],
-    "aria-pressed": false, title: `layer ${layer + 1}, head ${number + 1}`}, picture(weights));
-
 function drawHeads() {
     byId("heads-figure").hidden = !seen;
     if (!seen) return byId("maps").replaceChildren();
     const layers = seen.maps[0].weights;
     byId("heads").style.setProperty("--heads", layers[0].length);
     byId("heads").replaceChildren(...layers.flatMap((heads, layer) => heads.map((weights, number) =>
-        thumbnail(weights, layer, number))));
+        html("button", {"data-head": [layer, number], "aria-pressed": false,
+            title: `layer ${layer + 1}, head ${number + 1}`}, picture(weights)))));
     enlarge(...head);
 }
 
@@ -483,23 +455,22 @@ function enlarge(layer, number) {
 }
 
 async function drawAttention() {
-    const signal = beginTurn("attention");
-    const both = byId("over").querySelector(":checked").value === "text" && written.tokens.length > 0;
-    const request = {checkpoint: byId("checkpoint").value, maps: true,
-        text: both ? written.prompt : byId("prompt").value, written: both ? writtenIds() : []};
+    const signal = beginTurn("attention"), {tokens: after, prompt: start} = written;
+    const both = byId("over").querySelector(":checked").value === "text" && after.length > 0;
+    const text = both ? start : byId("prompt").value, ids = both ? idsOf(after) : [];
+    const fields = {checkpoint: byId("checkpoint").value, text, written: ids, maps: true};
     if (isLoading("verdict")) return;
     try {
-        const maps = [];
-        request.count = numberIn("count");
+        const maps = [], count = numberIn("count");
         for (const masked of [true, false])
-            for await (const answer of ask("read", {...request, masked}, signal))
+            for await (const answer of ask("read", {...fields, count, masked}, signal))
                 maps.push({...answer, masked, loss: average(answer.losses)});
-        const [{tokens, count}] = maps, what = both ? "The prompt with the text" : "The prompt alone";
-        if (tokens.length < 2)
-            throw new UserError("Attention needs 2 tokens, and the prompt has 1: write a longer prompt.");
-        seen = {maps, labels: tokens.map(label)};
-        const shown = tokens.length < count ? `; the maps show the first ${tokens.length}` : "";
-        show("verdict", `${what} has ${integer(count)} tokens${shown}. `
+        const labels = maps[0].tokens.map(label), all = integer(maps[0].count);
+        if (labels.length < 2)
+            throw new UserError("Attention needs two tokens; write a longer prompt.");
+        seen = {maps, labels};
+        const shown = labels.length < maps[0].count ? `; the maps show the first ${labels.length}` : "";
+        show("verdict", `The prompt ${both ? "with the text" : "alone"} has ${all} tokens${shown}. `
             + verdict(maps.map(map => map.loss)));
     } catch (error) {
         if (error.name === "AbortError") return;
@@ -511,87 +482,88 @@ async function drawAttention() {
 
 // Inside: the numbers of the last tokens, from the answer about the chosen token
 
-// Return the steps of the way: a name, a sentence with this text's own numbers, and matrices.
-function steps({values: v, context, layer, candidates, logits}) {
-    const T = context.length, n = v.q.length, C = v.input[0].length, hs = v.q[0].length;
-    const names = context.slice(-n).map(label), last = names[n - 1], weights = v.weights[n - 1];
-    const near = Array.from(weights).slice(-n), most = near.indexOf(Math.max(...near));
-    const score = average(Array.from(v.q[n - 1], (x, i) => x * v.k[most][i])) * Math.sqrt(hs);
-    const active = average(Array.from(v.hidden[n - 1], x => Number(x > 0)));
-    const shown = v.weights.map(row => Array.from(row).slice(-n));
+// Return the steps: a name, a sentence with this text's own numbers, and matrices of the last tokens.
+function stepsInside({values: x, context, layer}) {
+    const n = x.q.length, C = x.input[0].length, hs = x.q[0].length, at = context.length - 1;
+    const names = context.slice(-n).map(label), last = names[n - 1];
+    const near = x.weights.map(row => Array.from(row).slice(-n));  // attention among these tokens
+    const most = near[n - 1].indexOf(Math.max(...near[n - 1])), percentage = percent(near[n - 1][most]);
+    const product = Array.from(x.q[n - 1], (q, i) => q * x.k[most][i]).reduce((a, b) => a + b);
+    const active = percent(average(Array.from(x.hidden[n - 1], value => Number(value > 0))));
     return [
-        layer === 0
-            ? ["Embedding", `“${last}” is token id ${context[T - 1].id}, at position ${T - 1}: two `
-                + `learned rows of ${C} numbers, added.`, v.input]
-            : [`Output of layer ${layer}`, `What this layer begins with: ${C} numbers per token.`, v.input],
-        ["LayerNorm", "The same numbers, shifted and scaled to mean 0 and variance 1.", v.normed],
-        ["Query, key, value", `Three products make ${hs} numbers each for this head.`, v.q, v.k, v.v],
-        ["Attention", `The query of “${last}” times the key of “${names[most]}”, divided by √${hs}, is `
-            + `${score.toFixed(2)}; the softmax makes it ${percent(near[most])}.`, shown],
-        ["Attention adds", `The values, weighted so, of all heads: ${C} numbers again.`, v.attention],
-        ["MLP", `${4 * C} numbers after GELU, ${percent(active)} above 0 for “${last}”; and what they `
-            + "add.", v.hidden, v.mlp],
-        [`Output of layer ${layer + 1}`, "The input plus what attention and MLP add.", v.output],
+        layer > 0
+            ? [`Output of layer ${layer}`, `This layer begins with ${C} numbers per token.`, x.input]
+            : ["Embedding", `“${last}” is token id ${context[at].id} at position ${at}: two learned `
+                + `rows of ${C} numbers, added.`, x.input],
+        ["LayerNorm", "The same numbers, shifted and scaled to mean 0 and variance 1.", x.normed],
+        ["Query, key, value", `Three products make ${hs} numbers each for this head.`, x.q, x.k, x.v],
+        ["Attention", `The query of “${last}” times the key of “${names[most]}”, divided by √${hs}, `
+            + `is ${(product / Math.sqrt(hs)).toFixed(2)}; the softmax makes it ${percentage}.`, near],
+        ["Attention adds", `The values of all heads, weighted: ${C} numbers again.`, x.attention],
+        ["MLP", `${4 * C} numbers after GELU, ${active} of them above 0 for “${last}”, and the ${C} `
+            + "that they add.", x.hidden, x.mlp],
+        [`Output of layer ${layer + 1}`, "The input plus what attention and MLP add.", x.output],
     ].map(([name, words, ...matrices]) => ({name, words, matrices, names}));
 }
 
-function drawWay() {
-    if (!looked) return show("inside-message", "Write a text first.", true);
-    const {candidates, logits, id} = looked, taken = candidates.find(c => c.id === id);
-    show("inside-message", `Before token ${chosen + 1} of the text, which became “${label(taken)}”:`);
-    const figures = steps(looked).map(({name, words, matrices, names}) => html("li", {},
-        html("h2", {}, name), html("p", {}, words),
-        html("div", {class: "strips"}, html("div", {class: "names"}, ...names.map(n => html("span", {}, n))),
-            ...matrices.map(rows => {
-                const canvas = picture(rows, Math.max(...rows.flatMap(row => [...row].map(Math.abs))));
-                return Object.assign(canvas, {describe: (x, y) => `${name}, “${names[y]}”, number `
-                    + `${x + 1} of ${rows[0].length}: ${rows[y][x].toFixed(4)}`});
-            }))));
-    const says = drawnWith(logits, {temperature: 1});
+function drawInside() {
+    if (!looked) return isLoading("inside-message") || show("inside-message", "Write a text first.", true);
+    const {candidates, logits, id, number} = looked, says = drawnWith(logits, {temperature: 1});
+    const written = label(candidates.find(c => c.id === id));
+    show("inside-message", `What happened before token ${number + 1} of the text, “${written}”:`);
+    const strip = ({name, names}, rows) => Object.assign(
+        picture(rows, Math.max(...rows.flatMap(row => Array.from(row, Math.abs)))),
+        {describe: (x, y) => `${name}, “${names[y]}”, number ${x + 1} of ${rows[0].length}: `
+            + rows[y][x].toFixed(4)});
+    const figures = stepsInside(looked).map(step => html("li", {},
+        html("h2", {}, step.name), html("p", {}, step.words), html("div", {class: "strips"},
+            html("div", {class: "names"}, ...step.names.map(name => html("span", {}, name))),
+            ...step.matrices.map(rows => strip(step, rows)))));
     byId("way").replaceChildren(...figures, html("li", {}, html("h2", {}, "Probabilities"),
         html("p", {}, `After the last layer, the head gives “${label(candidates[0])}” the logit `
             + `${logits[0].toFixed(2)}; the softmax makes it ${percent(says[0])}.`),
-        html("table", {}, html("tbody", {}, ...candidates.slice(0, 8).map(c => html("tr", {},
+        html("table", {}, html("tbody", {}, ...candidates.slice(0, 5).map(c => html("tr", {},
             html("th", {scope: "row"}, label(c)), cell(says[c.rank - 1])))))));
 }
 
-// Compare: one prompt, several checkpoints
+// Compare: one prompt, several checkpoints and temperatures
 
 async function compareTexts() {
-    const signal = beginTurn("compare"), cards = byId("cards");
+    const signal = beginTurn("compare");
     const checked = id => Array.from(byId(id).querySelectorAll(":checked"), box => box.value);
-    const [paths, temperatures] = [checked("compared"), checked("temperatures")];
-    cards.replaceChildren();
     try {
         const options = {...samplingOptions(), start: prompt() ?? undefined};
-        if (!paths.length || !temperatures.length)
-            throw new UserError("Choose a checkpoint and a temperature.");
-        show("compare-message", `with ${describeSettings(options)}`);
-        for (const checkpoint of paths) for (const value of temperatures) {
-            const temperature = value === "" ? options.temperature : Number(value), tokens = [];
-            const about = html("p"), text = html("div", {class: "text"});
-            const title = paths.length > 1 ? `${checkpoint}, ` : "";
-            cards.append(html("article", {},
-                html("h2", {}, `${title}temperature ${temperature}`), about, text));
+        const cards = checked("compared").flatMap(checkpoint => checked("temperatures").map(value => {
+            const temperature = value === "" ? options.temperature : Number(value);
+            const title = html("h2", {}, `${checkpoint}, temperature ${temperature}`);
+            const about = html("p", {}, "..."), text = html("div", {class: "text"});
             const request = {checkpoint, options: {...options, temperature}, written: []};
-            try {
-                for await (const answer of ask("write", request, signal)) {
-                    if (answer.config) {
-                        about.textContent = await describe(checkpoint, answer);
-                        text.append(promptSpan(answer.prompt));
-                    } else {
-                        tokens.push(answer);
-                        text.append(tokenSpan(tokens, tokens.length - 1));
-                    }
-                }
-            } catch (error) {
-                if (!(error instanceof UserError)) throw error;
-                about.className = "message alert";
-                about.textContent = error.message;
+            return {request, about, text, card: html("article", {}, title, about, text)};
+        }));
+        byId("cards").replaceChildren(...cards.map(({card}) => card));
+        show("compare-message", cards.length ? "" : "Choose a checkpoint and a temperature.", true);
+        for (const {request, about, text} of cards) await fillCard(request, about, text, signal);
+    } catch (error) {
+        report("compare-message", error);
+    }
+}
+
+async function fillCard(request, about, text, signal) {
+    const tokens = [];
+    try {
+        for await (const answer of ask("write", request, signal)) {
+            if (answer.config) {
+                about.textContent = await describe(request.checkpoint, answer);
+                text.append(promptSpan(answer.prompt));
+            } else {
+                tokens.push(answer);
+                appendToken(text, tokens);
             }
         }
     } catch (error) {
-        report("compare-message", error);
+        if (!(error instanceof UserError)) throw error;
+        about.className = "message alert";
+        about.textContent = error.message;
     }
 }
 
@@ -631,16 +603,15 @@ function drawLoss() {
         svg("line", {class: "grid", x1: 50, x2: width - 15, y1: y(loss), y2: y(loss)}),
         svg("text", {class: "axis", x: 44, y: y(loss) + 4, "text-anchor": "end"}, String(loss)));
     for (const step of ticks(left, right)) plot.append(
-        svg("text", {class: "axis", x: x(step), y: height - 20, "text-anchor": "middle"},
-            step.toLocaleString("en")));
+        svg("text", {class: "axis", x: x(step), y: height - 20, "text-anchor": "middle"}, integer(step)));
     points.forEach(([key, curve], i) => {
         const stride = Math.ceil(curve.length / 2000);  // a screen does not show more points
         const path = curve.filter((_, j) => j % stride === 0 || j === curve.length - 1);
         const points = path.map(([step, loss]) => [x(step), y(loss)]);
-        // An evaluation is a dot. The fall after the first one is steeper than a straight line.
+        // An evaluation is a dot. After the first one, the loss falls faster than a straight line.
+        const dots = key === "loss" ? [] : points.map(([cx, cy]) => svg("circle", {class: key, cx, cy, r: 3}));
         const line = key === "loss" ? points : points.slice(1);
-        if (key !== "loss") plot.append(...points.map(([cx, cy]) => svg("circle", {class: key, cx, cy, r: 3})));
-        plot.append(
+        plot.append(...dots,
             svg("polyline", {class: `curve ${key}`, points: line.join(" ")}),
             svg("text", {class: `axis ${key}`, x: 50 + 90 * i, y: 16}, `— ${CURVES[key]}`));
     });
@@ -669,7 +640,7 @@ function readLosses(step, names = CURVES) {
         const record = log.records.find(r => r.step === step && r[key] != null);
         return record ? [`${name} loss ${record[key].toFixed(3)}`] : [];
     });
-    return `${parts.join(", ")} at step ${step.toLocaleString("en")}`;
+    return `${parts.join(", ")} at step ${integer(step)}`;
 }
 
 function drawSample() {
@@ -682,7 +653,7 @@ function drawSample() {
     if (!record) return show("sample-about", "This run logs no samples; see train.py's sample_interval.");
     const evaluated = log.records.findLast(r => r.val_loss != null && r.step <= record.step);
     const about = `Sample ${Number(slider.value) + 1} of ${all.length}, at step `
-        + `${record.step.toLocaleString("en")}, epoch ${Number(record.epoch.toPrecision(3))}`;
+        + `${integer(record.step)}, epoch ${short(record.epoch)}`;
     show("sample-about", about + (evaluated ? `; ${readLosses(evaluated.step, {val_loss: "validation"})}` : ""));
     slider.setAttribute("aria-valuetext", byId("sample-about").textContent);
     byId("sample").textContent = record.sample;
@@ -704,8 +675,8 @@ async function refreshLog() {
                 const record = log.records.findLast(r => r[key] != null);
                 return record ? [`, ${CURVES[key]} loss ${record[key].toFixed(3)}`] : [];
             });
-            show("figures", last ? `step ${last.step.toLocaleString("en")}, epoch `
-                + `${Number(last.epoch.toPrecision(3))}${losses.join("")}` : "no losses yet");
+            show("figures", last ? `step ${integer(last.step)}, epoch ${short(last.epoch)}`
+                + losses.join("") : "no losses yet");
         }
     } catch (error) {
         if (error.name === "AbortError") return;
@@ -730,7 +701,11 @@ function offer(newest) {
     const boxes = new Map(Array.from(fieldset.querySelectorAll("input"), box => [box.value, box.checked]));
     const labels = Object.values(runs).flatMap(paths => {
         const first = paths.some(path => boxes.get(path)) ? null : paths.find(path => !boxes.has(path));
-        return paths.map(path => choice(path, ` ${path}`, boxes.get(path) ?? path === first));
+        return paths.map(path => {
+            const box = html("input", {type: "checkbox", value: path});
+            box.checked = boxes.get(path) ?? path === first;
+            return html("label", {}, box, ` ${path}`);
+        });
     });
     fieldset.replaceChildren(fieldset.querySelector("legend"), ...labels);
     byId("checkpoints").hidden = fieldset.hidden = paths.length === 1;  // nothing to choose
@@ -738,18 +713,10 @@ function offer(newest) {
         byId("run").append(...Object.keys(runs).map(run => html("option", {value: run}, run)));
         byId("run").value = newest;
         byId("run").parentElement.hidden = byId("run").options.length === 1;
-        // One run is compared with itself.
-        byId("temperatures").append(...["", 0, 0.5, 1, 1.5].map(value => choice(value,
-            value === "" ? " as above" : ` ${value}`,
-            value === "" || byId("run").options.length === 1 && [0, 1.5].includes(value))));
+        const [above, ...others] = byId("temperatures").querySelectorAll("input");
+        for (const box of others) box.checked = byId("run").options.length === 1;  // compared with itself
     }
     if (!before && found.length) writeText();
-}
-
-function choice(value, text, checked) {
-    const box = html("input", {type: "checkbox", value});
-    box.checked = checked;
-    return html("label", {}, box, text);
 }
 
 let refreshing = false;
@@ -770,11 +737,11 @@ async function refresh() {
     refreshing = false;
 }
 
-// Draw what depends on the prompt and the checkpoint.
+// Draw what depends on the prompt, the checkpoint and the chosen token.
 function redraw() {
     if (!byId("tokens").hidden) drawTokens();
     if (!byId("attention").hidden) drawAttention();
-    if (!byId("inside").hidden) drawWay();
+    if (!byId("inside").hidden) drawInside();
 }
 
 function openTab(name) {
@@ -793,35 +760,22 @@ function openTab(name) {
 
 function connect() {
     const on = (id, event, action) => byId(id).addEventListener(event, action);
-    const over = value => { document.querySelector(`[name="over"][value="${value}"]`).checked = true; };
-    const writeAnd = action => () => {
-        over("text");
-        action();
-    };
-    const start = writeAnd(() => writeText());
     for (const id of ["controls", "sampling"]) on(id, "submit", event => event.preventDefault());
-    on("write-start", "click", start);
-    on("write-next", "click", writeAnd(() => continueText(1)));
-    on("write-more", "click", writeAnd(() => continueText()));
+    on("write-start", "click", () => writeText());
+    on("write-next", "click", () => continueText(1));
+    on("write-more", "click", () => continueText());
     on("write-stop", "click", () => {
         turns.write?.abort();
         written.goal = written.tokens.length;
     });
-    on("write-back", "click", () => {
-        turns.write?.abort();
-        const {tokens, chosen: number} = undone.pop();
-        Object.assign(written, {tokens, goal: tokens.length});
-        drawText();
-        chooseByHand(number);
-    });
-    on("candidates", "click", async event => {
+    on("write-back", "click", undo);
+    on("candidates", "click", event => {
         const id = event.target.closest("[data-id]")?.dataset.id;
         if (!id) return;
-        const text = replaceToken(looked.candidates.find(c => c.id === Number(id)));
-        byId("candidates").querySelector("button")?.focus();  // the one that was clicked is gone
-        await text;
+        replaceToken(looked.candidates.find(c => c.id === Number(id)));
+        byId("write-back").focus();  // the button that was clicked is gone
     });
-    on("sampling", "input", () => {
+    const showSettings = () => {
         byId("temperature-now").value = numberIn("temperature").toFixed(2);
         try {
             drawCandidates();
@@ -829,18 +783,15 @@ function connect() {
         } catch (error) {
             report("about", error);
         }
-    });
+    };
+    on("sampling", "input", showSettings);
     on("row-head", "change", drawRow);
     on("way-head", "change", look);
     for (const event of ["pointermove", "click"]) on("way", event, ({target, offsetX, offsetY}) => {
-        if (!target.describe) return;
-        const at = (offset, size, count) => Math.min(count - 1, Math.max(0, Math.floor(offset / size * count)));
-        byId("cell").textContent = target.describe(at(offsetX, target.clientWidth, target.width),
-            at(offsetY, target.clientHeight, target.height));
-    });
-    for (const event of ["pointermove", "click"]) on("maps", event, ({target}) => {
-        const words = target.querySelector?.("title")?.textContent;
-        if (target.tagName === "rect") byId("looks").textContent = words;
+        const column = Math.floor(offsetX / target.clientWidth * target.width);
+        const row = Math.floor(offsetY / target.clientHeight * target.height);
+        if (target.describe && column >= 0 && row >= 0 && column < target.width && row < target.height)
+            byId("cell").textContent = target.describe(column, row);
     });
     on("compare-start", "click", compareTexts);
     on("compare-stop", "click", () => turns.compare?.abort());
@@ -857,14 +808,14 @@ function connect() {
     on("prompt", "keydown", event => {
         if (event.key !== "Enter" || !event.shiftKey) return;
         event.preventDefault();
-        start();
+        writeText();
     });
     on("prompt", "input", () => {
         typed = true;
-        over("prompt");  // the written text continues another prompt
+        mapOver("prompt");  // the written text continues another prompt
         redraw();
     });
-    on("checkpoint", "change", start);
+    on("checkpoint", "change", () => writeText());
     on("attention", "change", drawAttention);
     on("heads", "click", event => {
         const button = event.target.closest("[data-head]");
@@ -892,19 +843,15 @@ function connect() {
         next.click();
     });
     window.addEventListener("resize", drawLoss);
-    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-        drawHeads();
-        if (!byId("inside").hidden) drawWay();
-    });
-    const wide = window.matchMedia("(min-width: 950px)").matches;
-    byId("sampling").querySelector("details").open = wide;  // on a phone, the text comes first
-    byId("temperature-now").value = numberIn("temperature").toFixed(2);
-    byId("project").textContent = sent ? `Made with ${PROJECT}. The model is inside this page and computes on `
-        + "your device: nothing is sent anywhere." : PROJECT;
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);  // the canvases
+    byId("sampling").querySelector("details").open = isWide();
+    byId("project").textContent = isFile ? `Made with ${PROJECT}. The model is inside this page and `
+        + "computes on your device: nothing is sent anywhere." : PROJECT;
+    showSettings();
     openTab("write");
-    if (sent) startEngine();
+    if (isFile) startEngine();
+    else setInterval(refresh, 1000);
     refresh();
-    if (!sent) setInterval(refresh, 1000);
 }
 
 connect();
