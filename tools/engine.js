@@ -306,9 +306,15 @@ function readTensors(base64, shapes, dtype) {
         [name, numbers.subarray(end, end += shape.reduce((a, b) => a * b))]));
 }
 
-// Return the last `count` rows of a matrix with `columns` columns, each a copy of its own.
-const lastRows = (x, columns, count) => Array.from({length: count}, (_, i) =>
-    x.slice(x.length - (count - i) * columns, x.length - (count - i - 1) * columns));
+// Return the last `count` rows of a matrix, each a copy of its own, in the columns of head `h` of nh.
+const lastRows = (x, columns, count, h = 0, nh = 1) => Array.from({length: count}, (_, i) => {
+    const start = x.length - (count - i) * columns, width = columns / nh;
+    return x.slice(start + h * width, start + (h + 1) * width);
+});
+
+// Return the last `count` rows of the attention weights of head `h`, (nh, T, S).
+const headRows = (weights, nh, h, S, count) =>
+    lastRows(weights.subarray(0, (h + 1) * weights.length / nh), S, count);
 
 // The answers to the page's requests, with the fields that tools/playground.py documents
 class Engine {
@@ -349,43 +355,33 @@ class Engine {
     }
 
     *look({text, written, id, layer: chosen, head}) {
-        const {block_size, n_embd: C, n_head: nh} = this.facts.config, hs = C / nh;
+        const {block_size, n_embd: C, n_head: nh} = this.facts.config;
         const context = this.encode(text, written).slice(-block_size), S = context.length;
-        const rows = Math.min(8, S), attention = [], lens = [];
-        let values;
+        const count = Math.min(8, S), rows = [], lens = [], values = {};
         const observe = (layer, seen) => {
-            const T = seen.q.length / C, row = h => ((h + 1) * T - 1) * S;
-            attention.push(Array.from({length: nh}, (_, h) => seen.weights.slice(row(h), row(h) + S)));
-            const logits = this.model.read(seen.output.subarray(-C));
-            const best = ranked(logits).slice(0, 3);
+            rows.push(Array.from({length: nh}, (_, h) => headRows(seen.weights, nh, h, S, 1)[0]));
+            const logits = this.model.read(seen.output.subarray(-C)), best = ranked(logits).slice(0, 3);
             softmax(logits);
             lens.push(Array.from(best, i => ({...this.token(i), p: logits[i]})));
-            if (layer !== chosen) return;
-            const ofHead = x => lastRows(x, C, rows).map(r => r.slice(head * hs, (head + 1) * hs));
-            values = Object.fromEntries(Object.entries(seen).map(([name, x]) => [name,
-                "qkv".includes(name) ? ofHead(x)
-                    : name === "weights" ? lastRows(x.subarray(head * T * S, (head + 1) * T * S), S, rows)
-                    : lastRows(x, x.length / T, rows)]));
+            if (layer === chosen) for (const [name, x] of Object.entries(seen))
+                values[name] = name === "weights" ? headRows(x, nh, head, S, count)
+                    : "qkv".includes(name) ? lastRows(x, C, count, head, nh)
+                    : lastRows(x, name === "hidden" ? 4 * C : C, count);
         };
-        const logits = this.model.logits(context, {rows, observe}).slice(-this.facts.config.vocab_size);
-        const order = ranked(logits);
-        yield {
-            logits: Float32Array.from(order, i => logits[i]),
-            candidates: [...new Set([...order.slice(0, 10), id])].map(i =>
-                ({...this.token(i), rank: order.indexOf(i) + 1})),
-            lens, rows: attention, context: context.map(this.token), values,
-        };
+        const logits = lastRows(this.model.logits(context, {rows: count, observe}),
+            this.facts.config.vocab_size, 1)[0];
+        const order = ranked(logits), shown = [...new Set([...order.slice(0, 10), id])];
+        const candidates = shown.map(i => ({...this.token(i), rank: order.indexOf(i) + 1}));
+        yield {logits: Float32Array.from(order, i => logits[i]), candidates, lens, rows,
+            context: context.map(this.token), values};
     }
 
     *read({text, written, count, masked, maps}) {
-        const {block_size, n_head: nh, vocab_size: V} = this.facts.config;
+        const {block_size, n_head: nh, vocab_size: V} = this.facts.config, weights = [];
         const ids = this.encode(text, written);
         const shown = ids.slice(0, Math.max(1, Math.min(count, block_size))), T = shown.length;
-        const weights = [];
-        const observe = (_, seen) => {
-            if (maps) weights.push(Array.from({length: nh}, (_, h) =>
-                lastRows(seen.weights.subarray(h * T * T, (h + 1) * T * T), T, T)));
-        };
+        const observe = (_, seen) => maps && weights.push(
+            Array.from({length: nh}, (_, h) => headRows(seen.weights, nh, h, T, T)));
         const logits = this.model.logits(shown, {rows: T, masked, observe});
         const losses = shown.slice(1).map((id, t) => -Math.log(softmax(logits, t * V, V)[t * V + id]));
         yield {tokens: shown.map(this.token), losses, weights, count: ids.length};

@@ -23,9 +23,9 @@ function show(id, text, alert = false) {
 }
 
 function report(id, error) {
-    if (error.name === "AbortError") return;  // the user asked for something else
-    if (error instanceof UserError) return show(id, error.message, true);
-    show(id, "The program does not answer. Is it still running?", true);
+    const known = error instanceof UserError ? error.message : "";
+    if (error.name !== "AbortError")  // otherwise the user asked for something else
+        show(id, known || "The program does not answer. Is it still running?", true);
 }
 
 // Return a stream of the objects in the server's answer, one per line.
@@ -42,15 +42,11 @@ async function askServer(action, fields, signal) {
 }
 
 const isFile = byId("weights") !== null;  // --to wrote this page, and the model is inside it
-let worker;
-
-function startEngine() {
-    const source = new Blob([byId("engine").textContent], {type: "text/javascript"});
-    worker = new Worker(URL.createObjectURL(source));
-    const [model, weights] = ["model", "weights"].map(id => byId(id).textContent);
-    worker.postMessage({model, weights});
-    byId("weights").remove();  // the worker has a copy
-}
+const source = new Blob([byId("engine").textContent], {type: "text/javascript"});
+const worker = isFile ? new Worker(URL.createObjectURL(source)) : null;
+const inside = id => byId(id).textContent;
+worker?.postMessage({model: inside("model"), weights: inside("weights")});
+byId("weights")?.remove();  // the worker has a copy
 
 // Return a stream of the engine's answers.
 function askEngine(action, fields, signal) {
@@ -111,12 +107,11 @@ async function describe(checkpoint, {config: c, parameters, step}) {
     const run = Object.keys(runs).find(run => runs[run].includes(checkpoint));
     let loss = "no validation loss in its log";
     try {
-        for await (const {records} of ask("log", {run, version: null})) {
-            const r = records.findLast(r => r.val_loss != null && r.step <= step);
-            if (r) loss = `validation loss ${r.val_loss.toFixed(3)}`
-                + `${r.step === step ? "" : ` at step ${integer(r.step)}`} (epoch ${short(r.epoch)})`;
-        }
-    } catch { /* there is no log */ }
+        const {value: {records}} = await ask("log", {run, version: null}).next();
+        const r = records.findLast(r => r.val_loss != null && r.step <= step);
+        const when = r.step === step ? "" : ` at step ${integer(r.step)}`;
+        loss = `validation loss ${r.val_loss.toFixed(3)}${when} (epoch ${short(r.epoch)})`;
+    } catch { /* there is no log, or no loss in it */ }
     return `${integer(parameters)} parameters: ${c.n_layer} layers, ${c.n_head} heads, ${c.n_embd} `
         + `wide, context ${integer(c.block_size)}, vocabulary ${integer(c.vocab_size)}; step `
         + `${integer(step)}, ${loss}`;
@@ -124,16 +119,17 @@ async function describe(checkpoint, {config: c, parameters, step}) {
 
 // Return the number in an input. Throws UserError if it is not one that the input takes.
 function numberIn(id) {
-    const input = byId(id), {min, max} = input, name = input.labels[0].firstChild.textContent.trim();
-    if (input.validity.valid) return input.valueAsNumber;
-    throw new UserError(`${name}: write a number from ${min} to ${integer(Number(max))}.`);
+    const {validity, valueAsNumber, labels, min, max} = byId(id);
+    if (validity.valid) return valueAsNumber;
+    throw new UserError(`${labels[0].firstChild.textContent.trim()}: write a number from ${min} to `
+        + `${integer(Number(max))}.`);
 }
 
 // Return the options of sample.py with these names.
 function samplingOptions() {
-    const names = ["temperature", "top_k", "top_p", "max_new_tokens", "seed"];
-    const options = Object.fromEntries(names.map(name => [name, numberIn(name)]));
-    return {...options, top_k: options.top_k || null, top_p: options.top_p < 1 ? options.top_p : null};
+    const [temperature, top_k, top_p, max_new_tokens, seed] =
+        ["temperature", "top_k", "top_p", "max_new_tokens", "seed"].map(numberIn);
+    return {temperature, top_k: top_k || null, top_p: top_p < 1 ? top_p : null, max_new_tokens, seed};
 }
 
 // The prompt; null asks for the one of the run's own samples, as long as nobody has typed another.
@@ -198,8 +194,18 @@ async function look() {
     }
 }
 
+function drawSampling() {
+    byId("temperature-now").value = byId("temperature").value;
+    try {
+        samplingOptions();
+        show("about", "");
+        if (looked) drawCandidates();
+    } catch (error) {
+        report("about", error);
+    }
+}
+
 function drawCandidates() {
-    if (!looked) return;
     const says = drawnWith(looked.logits, {temperature: 1});
     const drawn = drawnWith(looked.logits, samplingOptions());
     byId("candidates").replaceChildren(...looked.candidates.map(c => html("tr",
@@ -235,7 +241,7 @@ function chooseByHand(number) {
     following = false;
     choose(number);
     byId("text").querySelector(".chosen")?.scrollIntoView({block: "nearest"});
-    if (!isWide()) byId("sampling").parentElement.scrollIntoView({block: "nearest"});
+    if (!isWide()) byId("candidates").scrollIntoView({block: "nearest"});
 }
 
 // Write `count` tokens after those of the text. `fresh` begins a new text with the prompt.
@@ -252,20 +258,18 @@ async function writeText({fresh = true, count} = {}) {
         choose(0);
     }
     const {tokens} = written, begun = tokens.length;
-    const loading = setTimeout(() => show("about", "loading the model ..."), 300);
+    const loading = setTimeout(show, 300, "about", "loading the model ...");
     try {
         const options = {...samplingOptions(), start: (fresh ? prompt() : written.prompt) ?? undefined};
         options.max_new_tokens = count ?? options.max_new_tokens;
         written.goal = begun + options.max_new_tokens;
         const request = {checkpoint: written.checkpoint, options, written: idsOf(tokens)};
-        let note = "";
         for await (const answer of ask("write", request, signal)) {
             clearTimeout(loading);
             if (answer.config) {
-                const limit = answer.config.block_size;
-                if (answer.count > limit) note = `The prompt has ${integer(answer.count)} tokens, `
-                    + `and this model sees the last ${integer(limit)}.`;
-                show("about", note);
+                const {count: length, config: {block_size: limit}} = answer;
+                show("about", length <= limit ? "" : `The prompt has ${integer(length)} tokens, and `
+                    + `this model sees the last ${integer(limit)}.`);
                 if (fresh) beginText(answer);
                 continue;
             }
@@ -275,7 +279,7 @@ async function writeText({fresh = true, count} = {}) {
             if (following) box.scrollTop = box.scrollHeight;
         }
         if (!signal.aborted && tokens.length < written.goal)
-            show("about", `${note} The model ended the text here.`);
+            show("about", "The model ended the text here.");
     } catch (error) {
         report("about", error);
     }
@@ -288,13 +292,11 @@ function beginText(answer) {
     if (!typed) byId("prompt").value = answer.prompt;
     drawText();
     for (const select of [byId("row-head"), byId("way-head")]) {
-        const {n_layer, n_head} = answer.config, before = select.value;
-        const names = Array.from({length: n_layer * n_head}, (_, i) =>
-            `layer ${Math.floor(i / n_head) + 1}, head ${i % n_head + 1}`);
-        select.replaceChildren(select.querySelector("[value=all]") ?? "",
-            ...names.map((name, i) => html("option", {value: i}, name)));
-        select.value = before;
-        if (!select.value) select.selectedIndex = 0;
+        const {n_layer, n_head} = answer.config, before = Math.max(0, select.selectedIndex);
+        const all = select.querySelector("[value=all]") ?? "", heads = Array(n_layer * n_head).fill();
+        select.replaceChildren(all, ...heads.map((_, i) => html("option", {value: i},
+            `layer ${Math.floor(i / n_head) + 1}, head ${i % n_head + 1}`)));
+        select.selectedIndex = Math.min(before, select.options.length - 1);
     }
     describe(checkpoint, answer).then(about => {
         if (checkpoint === written.checkpoint) show("model-about", `${checkpoint}: ${about}`);
@@ -344,11 +346,9 @@ async function drawTokens() {
             show("tokens-message", `${many(Array.from(text).length, "character")}, `
                 + `${many(count, "token")}${shown}.${loss}`);
             byId("pieces").replaceChildren(...tokens.map((token, i) => {
-                const p = Math.exp(-losses[i - 1]), known = i > 0;  // no token is before the first
-                const piece = html("span", {class: known ? "piece token" : "piece"}, label(token));
-                return html("li", {}, known ? withColor(piece, p) : piece,
-                    html("small", {}, `id ${token.id}`),
-                    html("small", {}, known ? percent(p) : "first"));
+                const p = i ? Math.exp(-losses[i - 1]) : 0, known = i ? "piece token" : "piece";
+                return html("li", {}, withColor(html("span", {class: known}, label(token)), p),
+                    html("small", {}, `id ${token.id}`), html("small", {}, i ? percent(p) : "first"));
             }));
         }
     } catch (error) {
@@ -456,7 +456,7 @@ function enlarge(layer, number) {
 
 async function drawAttention() {
     const signal = beginTurn("attention"), {tokens: after, prompt: start} = written;
-    const both = byId("over").querySelector(":checked").value === "text" && after.length > 0;
+    const both = checked("over")[0] === "text" && after.length > 0;
     const text = both ? start : byId("prompt").value, ids = both ? idsOf(after) : [];
     const fields = {checkpoint: byId("checkpoint").value, text, written: ids, maps: true};
     if (isLoading("verdict")) return;
@@ -528,9 +528,10 @@ function drawInside() {
 
 // Compare: one prompt, several checkpoints and temperatures
 
+const checked = id => Array.from(byId(id).querySelectorAll(":checked"), box => box.value);
+
 async function compareTexts() {
     const signal = beginTurn("compare");
-    const checked = id => Array.from(byId(id).querySelectorAll(":checked"), box => box.value);
     try {
         const options = {...samplingOptions(), start: prompt() ?? undefined};
         const cards = checked("compared").flatMap(checkpoint => checked("temperatures").map(value => {
@@ -615,16 +616,12 @@ function drawLoss() {
             svg("polyline", {class: `curve ${key}`, points: line.join(" ")}),
             svg("text", {class: `axis ${key}`, x: 50 + 90 * i, y: 16}, `— ${CURVES[key]}`));
     });
-    plot.append(
-        svg("text", {class: "axis", x: width / 2, y: height - 4, "text-anchor": "middle"},
-            "step (losses in nats per token)"));
-    if (moment()) {
-        const at = x(moment().step);
-        plot.append(svg("line", {class: "moment", x1: at, x2: at, y1: 40, y2: height - 40}),
-            svg("circle", {class: "moment", cx: at, cy: 40, r: 5}));
-    }
+    const axis = {class: "axis", x: width / 2, y: height - 4, "text-anchor": "middle"};
+    const at = moment() ? x(moment().step) : -99;  // outside, without a sample
     const pointer = svg("line", {class: "pointer", y1: 40, y2: height - 40, visibility: "hidden"});
-    plot.append(pointer);
+    plot.append(svg("text", axis, "step (losses in nats per token)"), pointer,
+        svg("line", {class: "moment", x1: at, x2: at, y1: 40, y2: height - 40}),
+        svg("circle", {class: "moment", cx: at, cy: 40, r: 5}));
     plot.addEventListener("pointermove", event => {
         const at = left + (event.offsetX * width / plot.clientWidth - 50) / (width - 65) * (right - left);
         const step = all.reduce((best, [s]) => Math.abs(s - at) < Math.abs(best - at) ? s : best, left);
@@ -634,7 +631,7 @@ function drawLoss() {
     box.replaceChildren(plot);
 }
 
-// The losses of a step, as in "validation loss 2.048 at step 300".
+// Return the losses of a step, as in "validation loss 2.048 at step 300".
 function readLosses(step, names = CURVES) {
     const parts = Object.entries(names).flatMap(([key, name]) => {
         const record = log.records.find(r => r.step === step && r[key] != null);
@@ -650,7 +647,7 @@ function drawSample() {
     if (atEnd) slider.value = slider.max;
     byId("moments").hidden = byId("sample").hidden = !all.length;
     const record = moment();
-    if (!record) return show("sample-about", "This run logs no samples; see train.py's sample_interval.");
+    if (!record) return show("sample-about", "This run logs no samples.");
     const evaluated = log.records.findLast(r => r.val_loss != null && r.step <= record.step);
     const about = `Sample ${Number(slider.value) + 1} of ${all.length}, at step `
         + `${integer(record.step)}, epoch ${short(record.epoch)}`;
@@ -670,13 +667,12 @@ async function refreshLog() {
         for await (const answer of ask("log", {run, version: log.version}, signal)) {
             log = answer;
             drawLearning();
-            const last = log.records.at(-1);
-            const losses = ["train_loss", "val_loss"].flatMap(key => {
+            const last = log.records.at(-1), parts = ["train_loss", "val_loss"].flatMap(key => {
                 const record = log.records.findLast(r => r[key] != null);
-                return record ? [`, ${CURVES[key]} loss ${record[key].toFixed(3)}`] : [];
+                return record ? [`${CURVES[key]} loss ${record[key].toFixed(3)}`] : [];
             });
-            show("figures", last ? `step ${integer(last.step)}, epoch ${short(last.epoch)}`
-                + losses.join("") : "no losses yet");
+            show("figures", last ? [`step ${integer(last.step)}`, `epoch ${short(last.epoch)}`, ...parts]
+                .join(", ") : "no losses yet");
         }
     } catch (error) {
         if (error.name === "AbortError") return;
@@ -690,39 +686,31 @@ async function refreshLog() {
 
 function offer(newest) {
     const found = Object.values(runs).flat(), select = byId("checkpoint"), before = select.value;
-    const empty = Object.keys(runs).filter(run => !runs[run].length);
-    const notice = `No checkpoint yet in ${empty.join(", ")}; it appears here when it exists.`;
-    show("notice", empty.length ? notice : "", empty.length > 0);
+    const empty = Object.keys(runs).filter(run => !runs[run].length).join(", ");
+    show("notice", empty && `No checkpoint yet in ${empty}; it appears here when it exists.`, true);
     // What is chosen stays chosen, also while training replaces its file.
     const paths = before && !found.includes(before) ? [before, ...found] : found;
     select.replaceChildren(...paths.map(path => html("option", {value: path}, path)));
     select.value = before || found[0] || "";
-    const fieldset = byId("compared");
-    const boxes = new Map(Array.from(fieldset.querySelectorAll("input"), box => [box.value, box.checked]));
-    const labels = Object.values(runs).flatMap(paths => {
-        const first = paths.some(path => boxes.get(path)) ? null : paths.find(path => !boxes.has(path));
-        return paths.map(path => {
-            const box = html("input", {type: "checkbox", value: path});
-            box.checked = boxes.get(path) ?? path === first;
-            return html("label", {}, box, ` ${path}`);
-        });
-    });
-    fieldset.replaceChildren(fieldset.querySelector("legend"), ...labels);
+    const fieldset = byId("compared"), compared = checked("compared");
+    const first = compared.length ? compared : Object.values(runs).map(paths => paths[0]);
+    fieldset.replaceChildren(fieldset.querySelector("legend"), ...found.map(path => {
+        const box = html("input", {type: "checkbox", value: path});
+        box.checked = first.includes(path);
+        return html("label", {}, box, ` ${path}`);
+    }));
     byId("checkpoints").hidden = fieldset.hidden = paths.length === 1;  // nothing to choose
     if (!byId("run").options.length) {
         byId("run").append(...Object.keys(runs).map(run => html("option", {value: run}, run)));
         byId("run").value = newest;
         byId("run").parentElement.hidden = byId("run").options.length === 1;
-        const [above, ...others] = byId("temperatures").querySelectorAll("input");
-        for (const box of others) box.checked = byId("run").options.length === 1;  // compared with itself
+        for (const box of byId("temperatures").querySelectorAll("input"))
+            box.checked ||= byId("run").options.length === 1;  // one run is compared with itself
     }
     if (!before && found.length) writeText();
 }
 
-let refreshing = false;
 async function refresh() {
-    if (refreshing) return;
-    refreshing = true;
     try {
         for await (const answer of ask("runs", {})) {
             const changed = JSON.stringify(answer.runs) !== JSON.stringify(runs);
@@ -734,7 +722,7 @@ async function refresh() {
         report("notice", error);
         runs = {};
     }
-    refreshing = false;
+    if (!isFile) setTimeout(refresh, 1000);
 }
 
 // Draw what depends on the prompt, the checkpoint and the chosen token.
@@ -775,16 +763,7 @@ function connect() {
         replaceToken(looked.candidates.find(c => c.id === Number(id)));
         byId("write-back").focus();  // the button that was clicked is gone
     });
-    const showSettings = () => {
-        byId("temperature-now").value = numberIn("temperature").toFixed(2);
-        try {
-            drawCandidates();
-            show("about", "");
-        } catch (error) {
-            report("about", error);
-        }
-    };
-    on("sampling", "input", showSettings);
+    on("sampling", "input", drawSampling);
     on("row-head", "change", drawRow);
     on("way-head", "change", look);
     for (const event of ["pointermove", "click"]) on("way", event, ({target, offsetX, offsetY}) => {
@@ -845,12 +824,10 @@ function connect() {
     window.addEventListener("resize", drawLoss);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);  // the canvases
     byId("sampling").querySelector("details").open = isWide();
-    byId("project").textContent = isFile ? `Made with ${PROJECT}. The model is inside this page and `
-        + "computes on your device: nothing is sent anywhere." : PROJECT;
-    showSettings();
+    byId("project").textContent = PROJECT + (isFile
+        ? " made this page. The model is inside it and computes on your device." : "");
+    drawSampling();
     openTab("write");
-    if (isFile) startEngine();
-    else setInterval(refresh, 1000);
     refresh();
 }
 
