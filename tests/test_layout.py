@@ -18,7 +18,8 @@ SCRIPTS = {  # and the most lines that each may have
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
     "*.py": 1_118,
     "support/**/*.py": 1_970,
-    "tools/**/*.py": 1_720,
+    "tools/**/*.py": 1_730,
+    "tools/*.[chj][st]*": 1_500,  # the page: css, html, js
     "config/**/*.py": 230,
     "tests/**/*.py": 6_500,
 }

@@ -1,16 +1,12 @@
 "use strict";
-// GPT-2 in plain JavaScript. In a file that `tools.playground --to` wrote, this runs in a worker and
-// answers what tools/playground.py answers elsewhere. The names and letters are those of model.py:
-//
-//     T   tokens in a sequence     C   channels     nh  heads     hs  channels of one head, C / nh
-//
-// A matrix is a Float32Array, one row after the other.
+// GPT-2 in plain JavaScript. In a file that tools.playground --to wrote, this runs in a worker and
+// answers what tools/playground.py answers elsewhere. Names and letters are those of model.py: T tokens,
+// C channels, nh heads with hs channels each. A matrix is a Float32Array, one row after the other.
 
 // What a user can correct, in the words of the Python program.
 class UserError extends Error {}
 
-// Text and tokens. Bytes are strings with one character of Latin-1 per byte, as in meta.json.
-
+// Bytes are strings with one character of Latin-1 per byte, as in meta.json.
 const toBytes = text => Array.from(new TextEncoder().encode(text), b => String.fromCharCode(b)).join("");
 const byteArray = bytes => Uint8Array.from(bytes, c => c.charCodeAt(0));
 
@@ -253,11 +249,10 @@ class GPT {
     }
 
     embed(ids, past) {
-        const C = this.config.n_embd, x = new Float32Array((ids.length - past) * C);
-        const tokens = this.tensors["transformer.wte.weight"], positions = this.tensors["transformer.wpe.weight"];
-        for (let i = 0; i < x.length; i++)
-            x[i] = tokens[ids[past + Math.floor(i / C)] * C + i % C] + positions[past * C + i];
-        return x;
+        const {"transformer.wte.weight": tokens, "transformer.wpe.weight": positions} = this.tensors;
+        const C = this.config.n_embd, token = i => ids[past + Math.floor(i / C)];
+        return Float32Array.from({length: (ids.length - past) * C}, (_, i) =>
+            tokens[token(i) * C + i % C] + positions[past * C + i]);
     }
 
     // Return the logits that the final LayerNorm and the head read from the rows of x.
@@ -290,9 +285,8 @@ function random(seed, number) {
 
 // Return the tensors of a file, by name: base64 text with one after the other.
 function readTensors(base64, shapes, dtype) {
-    const parts = base64.match(/.{1,1048576}/g).map(part => byteArray(atob(part)));
-    const bytes = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
-    parts.reduce((at, part) => (bytes.set(part, at), at + part.length), 0);
+    const text = atob(base64), bytes = new Uint8Array(text.length);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
     let numbers = new (dtype === "float16" ? Uint16Array : Float32Array)(bytes.buffer);
     if (dtype === "float16") {
         const value = Float32Array.from({length: 65536}, (_, bits) => {
@@ -324,13 +318,9 @@ class Engine {
         Object.assign(this, {name, records, facts});
     }
 
-    *runs() {
-        yield {runs: {[this.name]: [this.name]}, newest: this.name};
-    }
+    *runs() { yield {runs: {[this.name]: [this.name]}, newest: this.name}; }
 
-    *log({version}) {
-        if (version !== 1) yield {version: 1, records: this.records};
-    }
+    *log({version}) { if (version !== 1) yield {version: 1, records: this.records}; }
 
     token = i => ({id: i, bytes: this.tokenizer.bytes[i]});
 

@@ -6,15 +6,14 @@
 const PROJECT = "gpt2-from-scratch";
 const byId = id => document.getElementById(id);
 
-function build(node, attributes, children) {
+function element(space, tag, attributes = {}, ...children) {
+    const node = document.createElementNS(`http://www.w3.org/${space}`, tag);
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
     node.append(...children);
     return node;
 }
-const html = (tag, attributes = {}, ...children) =>
-    build(document.createElement(tag), attributes, children);
-const svg = (tag, attributes = {}, ...children) =>
-    build(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+const html = (...parts) => element("1999/xhtml", ...parts);
+const svg = (...parts) => element("2000/svg", ...parts);
 
 function show(id, text, alert = false) {
     const message = byId(id);
@@ -96,7 +95,6 @@ function withColor(node, p) {
 const cell = (p, ...children) => withColor(html("td", {class: "bar"}, ...children, percent(p)), p);
 
 // The model
-
 let runs = {};  // the checkpoints of each run
 
 const integer = n => n.toLocaleString("en");
@@ -137,10 +135,10 @@ let typed = false;
 const prompt = () => typed ? byId("prompt").value : null;
 
 // Return whether the prompt is not known yet, and say so. The tabs are drawn again when it is.
-function isLoading(message) {
-    const loading = !typed && !byId("prompt").value;
-    if (loading) show(message, "loading the model ...");
-    return loading;
+function isLoading(id) {
+    if (typed || byId("prompt").value) return false;
+    show(id, "loading the model ...");
+    return true;
 }
 
 // Write: a text and, for one token, its candidates, its attention and the logit lens
@@ -306,14 +304,13 @@ function beginText(answer) {
 
 // Put a candidate in the place of the token that was looked at, and go on to the old length.
 function replaceToken(candidate) {
-    const {tokens, goal} = written, {number, logits} = looked;
-    undone.push({tokens: [...tokens], number});
+    const {tokens, goal} = written, {number, logits} = looked, count = goal - number - 1;
     const p = drawnWith(logits, {temperature: 1})[candidate.rank - 1];
+    undone.push({tokens: [...tokens], number});
     written.tokens = [...tokens.slice(0, number), {...candidate, p}];
     drawText();
     choose(number);
-    if (goal > number + 1) writeText({fresh: false, count: goal - number - 1});
-    else turns.write.abort();
+    if (count > 0) writeText({fresh: false, count});
 }
 
 // Go on with the text, or begin a new one if the prompt or the checkpoint is another one now.
@@ -323,16 +320,20 @@ function continueText(count) {
     writeText({fresh: !same, count});
 }
 
-function undo() {
+function stopWriting() {
     turns.write?.abort();
+    written.goal = written.tokens.length;
+}
+
+function undo() {
     const {tokens, number} = undone.pop();
-    Object.assign(written, {tokens, goal: tokens.length});
+    written.tokens = tokens;
+    stopWriting();
     drawText();
     chooseByHand(number);
 }
 
 // Tokens: the pieces of the prompt
-
 async function drawTokens() {
     const signal = beginTurn("tokens"), text = byId("prompt").value;
     const fields = {checkpoint: byId("checkpoint").value, text, written: [], masked: true, maps: false};
@@ -404,18 +405,15 @@ function heatMap({weights, masked}, labels) {
         svg("path", {class: "stairs", d: steps}),
         svg("text", {class: "axis", x: margin, y: 11 * unit}, "looked at (keys) →"),
         svg("text", {class: "axis", transform: below}, "looking (queries) →"));
-    if (masked && T > 12) map.append(svg("text", {class: "axis", x: end - 6, y: margin + 20 * unit,
-        "text-anchor": "end"}, "the future, masked"));
     return map;
 }
 
 function figure({masked, loss, weights}, labels) {
     const [layer, number] = head, rows = Array.from(weights[layer][number], row => Array.from(row));
     const future = average(rows.map((row, i) => row.slice(i + 1).reduce((a, b) => a + b, 0)));
-    return html("figure", {}, html("figcaption", {},
-        html("b", {}, `Layer ${layer + 1}, head ${number + 1}, ${masked ? "with" : "without"} the mask`),
-        html("br"), `loss ${loss.toFixed(3)} nats per token, ${percent(future)} of the attention on the `
-            + "future"),
+    const name = `Layer ${layer + 1}, head ${number + 1}, ${masked ? "with" : "without"} the mask`;
+    return html("figure", {}, html("figcaption", {}, html("b", {}, name), html("br"),
+        `loss ${loss.toFixed(3)} nats per token, ${percent(future)} of the attention on the future`),
     heatMap({masked, weights: rows}, labels));
 }
 
@@ -495,15 +493,15 @@ function stepsInside({values: x, context, layer}) {
             ? [`Output of layer ${layer}`, `This layer begins with ${C} numbers per token.`, x.input]
             : ["Embedding", `“${last}” is token id ${context[at].id} at position ${at}: two learned `
                 + `rows of ${C} numbers, added.`, x.input],
-        ["LayerNorm", "The same numbers, shifted and scaled to mean 0 and variance 1.", x.normed],
-        ["Query, key, value", `Three products make ${hs} numbers each for this head.`, x.q, x.k, x.v],
+        ["LayerNorm", "Each token's numbers with mean 0 and variance 1, times learned factors.", x.normed],
+        ["Query, key, value", `Three matrices make ${hs} numbers each for this head.`, x.q, x.k, x.v],
         ["Attention", `The query of “${last}” times the key of “${names[most]}”, divided by √${hs}, `
             + `is ${(product / Math.sqrt(hs)).toFixed(2)}; the softmax makes it ${percentage}.`, near],
         ["Attention adds", `The values of all heads, weighted: ${C} numbers again.`, x.attention],
         ["MLP", `${4 * C} numbers after GELU, ${active} of them above 0 for “${last}”, and the ${C} `
             + "that they add.", x.hidden, x.mlp],
         [`Output of layer ${layer + 1}`, "The input plus what attention and MLP add.", x.output],
-    ].map(([name, words, ...matrices]) => ({name, words, matrices, names}));
+    ];
 }
 
 function drawInside() {
@@ -511,14 +509,15 @@ function drawInside() {
     const {candidates, logits, id, number} = looked, says = drawnWith(logits, {temperature: 1});
     const written = label(candidates.find(c => c.id === id));
     show("inside-message", `What happened before token ${number + 1} of the text, “${written}”:`);
-    const strip = ({name, names}, rows) => Object.assign(
+    const names = looked.context.slice(-looked.values.q.length).map(label);
+    const strip = (name, rows) => Object.assign(
         picture(rows, Math.max(...rows.flatMap(row => Array.from(row, Math.abs)))),
         {describe: (x, y) => `${name}, “${names[y]}”, number ${x + 1} of ${rows[0].length}: `
             + rows[y][x].toFixed(4)});
-    const figures = stepsInside(looked).map(step => html("li", {},
-        html("h2", {}, step.name), html("p", {}, step.words), html("div", {class: "strips"},
-            html("div", {class: "names"}, ...step.names.map(name => html("span", {}, name))),
-            ...step.matrices.map(rows => strip(step, rows)))));
+    const figures = stepsInside(looked).map(([name, words, ...matrices]) => html("li", {},
+        html("h2", {}, name), html("p", {}, words), html("div", {class: "strips"},
+            html("div", {class: "names"}, ...names.map(name => html("span", {}, name))),
+            ...matrices.map(rows => strip(name, rows)))));
     byId("way").replaceChildren(...figures, html("li", {}, html("h2", {}, "Probabilities"),
         html("p", {}, `After the last layer, the head gives “${label(candidates[0])}” the logit `
             + `${logits[0].toFixed(2)}; the softmax makes it ${percent(says[0])}.`),
@@ -569,7 +568,6 @@ async function fillCard(request, about, text, signal) {
 }
 
 // Learning: the losses and the samples of a run
-
 const CURVES = {loss: "batch", train_loss: "training", val_loss: "validation"};
 const NO_LOG = {version: null, records: []};
 let log = NO_LOG;
@@ -618,14 +616,14 @@ function drawLoss() {
     });
     const axis = {class: "axis", x: width / 2, y: height - 4, "text-anchor": "middle"};
     const at = moment() ? x(moment().step) : -99;  // outside, without a sample
-    const pointer = svg("line", {class: "pointer", y1: 40, y2: height - 40, visibility: "hidden"});
+    const pointer = svg("path", {class: "pointer"});
     plot.append(svg("text", axis, "step (losses in nats per token)"), pointer,
-        svg("line", {class: "moment", x1: at, x2: at, y1: 40, y2: height - 40}),
+        svg("path", {class: "moment", d: `M${at} 40V${height - 40}`}),
         svg("circle", {class: "moment", cx: at, cy: 40, r: 5}));
     plot.addEventListener("pointermove", event => {
         const at = left + (event.offsetX * width / plot.clientWidth - 50) / (width - 65) * (right - left);
         const step = all.reduce((best, [s]) => Math.abs(s - at) < Math.abs(best - at) ? s : best, left);
-        build(pointer, {x1: x(step), x2: x(step), visibility: "visible"}, []);
+        pointer.setAttribute("d", `M${x(step)} 40V${height - 40}`);
         byId("reading").textContent = readLosses(step);
     });
     box.replaceChildren(plot);
@@ -640,25 +638,20 @@ function readLosses(step, names = CURVES) {
     return `${parts.join(", ")} at step ${integer(step)}`;
 }
 
-function drawSample() {
-    const slider = byId("moment"), all = samples();
-    const atEnd = slider.value === slider.max;  // stay there while training adds samples
+function drawLearning() {
+    const slider = byId("moment"), all = samples(), atEnd = slider.value === slider.max;
     slider.max = Math.max(0, all.length - 1);
-    if (atEnd) slider.value = slider.max;
+    if (atEnd) slider.value = slider.max;  // stay there while training adds samples
+    drawLoss();
     byId("moments").hidden = byId("sample").hidden = !all.length;
     const record = moment();
     if (!record) return show("sample-about", "This run logs no samples.");
     const evaluated = log.records.findLast(r => r.val_loss != null && r.step <= record.step);
-    const about = `Sample ${Number(slider.value) + 1} of ${all.length}, at step `
-        + `${integer(record.step)}, epoch ${short(record.epoch)}`;
-    show("sample-about", about + (evaluated ? `; ${readLosses(evaluated.step, {val_loss: "validation"})}` : ""));
+    const loss = evaluated ? `; ${readLosses(evaluated.step, {val_loss: "validation"})}` : "";
+    show("sample-about", `Sample ${Number(slider.value) + 1} of ${all.length}, at step `
+        + `${integer(record.step)}, epoch ${short(record.epoch)}${loss}`);
     slider.setAttribute("aria-valuetext", byId("sample-about").textContent);
     byId("sample").textContent = record.sample;
-}
-
-function drawLearning() {
-    drawSample();
-    drawLoss();
 }
 
 async function refreshLog() {
@@ -683,7 +676,6 @@ async function refreshLog() {
 }
 
 // Runs and their checkpoints, which may come and go
-
 function offer(newest) {
     const found = Object.values(runs).flat(), select = byId("checkpoint"), before = select.value;
     const empty = Object.keys(runs).filter(run => !runs[run].length).join(", ");
@@ -752,10 +744,7 @@ function connect() {
     on("write-start", "click", () => writeText());
     on("write-next", "click", () => continueText(1));
     on("write-more", "click", () => continueText());
-    on("write-stop", "click", () => {
-        turns.write?.abort();
-        written.goal = written.tokens.length;
-    });
+    on("write-stop", "click", stopWriting);
     on("write-back", "click", undo);
     on("candidates", "click", event => {
         const id = event.target.closest("[data-id]")?.dataset.id;
@@ -810,7 +799,6 @@ function connect() {
     on("moment", "input", drawLearning);
     on("run", "change", () => {
         log = NO_LOG;
-        drawLearning();
         refreshLog();
     });
     on("tabs", "click", event => event.target.id && openTab(event.target.id.replace("tab-", "")));
