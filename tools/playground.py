@@ -58,7 +58,7 @@ class PlaygroundConfig:
     checkpoint: str = "ckpt.pt"  # file selected first; best.pt has the lowest loss
     host: str = "127.0.0.1"  # another name: other machines may open the page under it
     port: int = 7860  # the address of the page is http://host:port
-    to: str = ""  # write one HTML file with the model inside, instead of serving
+    to: str = ""  # write one HTML file with the model inside
     weights: Literal["float16", "float32"] = "float16"  # number format in the file
     device: str = "auto"  # cpu, cuda, cuda:1, mps
 
