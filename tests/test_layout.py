@@ -21,7 +21,7 @@ BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
     "tools/**/*.py": 1_730,
     "tools/*.[chj][st]*": 1_500,  # the page: css, html, js
     "config/**/*.py": 230,
-    "tests/**/*.py": 6_500,
+    "tests/**/*.py": 6_810,
 }
 FLOORS = {  # what the files of a floor may import of this project
     "model": set(),

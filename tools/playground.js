@@ -750,7 +750,7 @@ function connect() {
         const id = event.target.closest("[data-id]")?.dataset.id;
         if (!id) return;
         replaceToken(looked.candidates.find(c => c.id === Number(id)));
-        byId("write-back").focus();  // the button that was clicked is gone
+        byId("write-back").focus({preventScroll: true});  // the button that was clicked is gone
     });
     on("sampling", "input", drawSampling);
     on("row-head", "change", drawRow);

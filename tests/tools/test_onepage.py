@@ -7,12 +7,13 @@ import json
 import random
 import re
 from configurator import UserError
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from playwright.sync_api import expect
-from test_playground_browser import HOSTILE, chromium, opened
+from test_playground_browser import HOSTILE, chromium, opened, write_file
 
 from model import GPT, GPTConfig, candidates
 from support.checkpoint import Checkpoint, save_checkpoint
@@ -88,13 +89,6 @@ def write_run(kind: str, start: str = "The", dtype=torch.float32) -> BPETokenize
     return tokenizer
 
 
-def write_file(kind: str, **options) -> str:
-    """Write the file of a run and return its address."""
-    config = dict(out_dir=f"out/{kind}", to=f"{kind}.html", device="cpu") | options
-    playground.main(playground.PlaygroundConfig(**config))
-    return Path(config["to"]).resolve().as_uri()
-
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -102,7 +96,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_file_has_the_run_and_neither_a_path_nor_html_from_it(tmp_path, capsys):
     write_run("char", start=HOSTILE)
-    write_file("char")
+    write_file(out_dir="out/char", to="char.html")
     assert "char.html: writing 11,780 parameters, about 0.0 MB ..." in capsys.readouterr().out
     text = Path("char.html").read_text(encoding="utf-8")
     for path in (tmp_path, tmp_path.parent, Path.home(), onepage.HERE, "out/char", "ckpt.pt"):
@@ -128,8 +122,16 @@ def test_what_can_not_become_a_page_is_refused(options, words, monkeypatch):
     write_run("char")
     monkeypatch.setattr(onepage, "LARGEST_MODEL", 11_779)
     with pytest.raises(UserError, match=words):
-        write_file("char", **options)
+        write_file(**{"out_dir": "out/char", "to": "char.html"} | options)
     assert not list(Path().glob("*.html*"))
+
+
+@contextmanager
+def opened_file(kind: str, **options):
+    """Write the file of a run, and yield its page without a network."""
+    address = write_file(out_dir=f"out/{kind}", to="a.html", **options)
+    with chromium() as browser, opened(browser, address) as page:
+        yield page
 
 
 def assert_same(found, expected, tolerance: float, where: str = "") -> None:
@@ -154,27 +156,28 @@ def test_the_engine_answers_what_pytorch_answers(kind, weights, tolerance, monke
     write_run(kind, dtype=getattr(torch, weights))
     server = playground.Playground(playground.Checkpoints([f"out/{kind}"]))
     sampling = dict(temperature=0, top_k=None, top_p=None, max_new_tokens=200, seed=1)
-    options = sampling | {"start": PROMPT}
-    requests, written = [("write", {"options": options})], []
-    with chromium() as browser, opened(browser, write_file(kind, weights=weights)) as page:
-        for action, changed in requests:
-            fields = {"checkpoint": f"out/{kind}/ckpt.pt", "written": [], "text": PROMPT} | changed
-            fields |= {"layer": 1, "head": 3, "maps": True}
+    greedy, short = sampling | {"start": PROMPT}, {"text": "The fox", "count": 99}
+    with opened_file(kind, weights=weights) as page:
+
+        def compare(action: str, **changed) -> list[dict]:
+            fields = {"checkpoint": f"out/{kind}/ckpt.pt", "text": PROMPT, "written": []}
+            fields |= {"layer": 1, "head": 3, "maps": True, **changed}
             expected = list(server.answer(action, fields))
             assert_same(page.evaluate(COLLECT, [action, fields]), expected, tolerance, action)
-            assert "error" not in expected[-1] or "start" in str(changed)
-            if not written:
-                written = [token["id"] for token in expected[1:]]
-                assert len(written) == 200
-                for n in (0, 1, 3, 90, 199):  # the context is not full, and is full
-                    requests.append(("look", {"written": written[:n], "id": written[n]}))
-                for masked in (True, False):
-                    reading = {"written": written[:30], "count": 99, "masked": masked}
-                    requests.append(("read", reading))
-                part = {"options": options | {"max_new_tokens": 9}, "written": written[:60]}
-                for start in ({"start": ""}, {"start": "unknown: é"}, {}):
-                    requests.append(("write", {"options": sampling | start}))
-                requests.insert(2, ("write", part))  # the keys and values of another text are there
+            return expected
+
+        written = [token["id"] for token in compare("write", options=greedy)[1:]]
+        assert len(written) == 200
+        for n in (0, 1, 3, 90, 199):  # the context is not full, and is full
+            compare("look", written=written[:n], id=written[n])
+        for masked in (True, False):
+            compare("read", written=written[:30], count=99, masked=masked)
+        compare("read", **short, masked=False)
+        compare("look", **short, id=1)  # keys and values that were not masked are of no use
+        part = compare("write", options=greedy | {"max_new_tokens": 9}, written=written[:60])
+        assert [token["id"] for token in part[1:]] == written[60:69]
+        for start in ({}, {"start": ""}, {"start": "unknown: é"}):
+            compare("write", options=sampling | start)
 
 
 @browser_test
@@ -194,7 +197,7 @@ def test_token_ids_and_refusals_are_those_of_the_tokenizer(kind):
             expected.append(str(error))
     kinds = {type(result) for result in expected}
     assert kinds == ({list, str} if kind == "char" else {list})
-    with chromium() as browser, opened(browser, write_file(kind)) as page:
+    with opened_file(kind) as page:
         for text, ids, found in zip(texts, expected, page.evaluate(ENCODE, texts), strict=True):
             assert found == ids, ascii(text)
 
@@ -202,7 +205,7 @@ def test_token_ids_and_refusals_are_those_of_the_tokenizer(kind):
 @browser_test
 def test_labels_texts_and_probabilities_of_a_page_about_hostile_text():
     write_run("char", start=HOSTILE)
-    with chromium() as browser, opened(browser, write_file("char")) as page:
+    with opened_file("char") as page:
         expect(page.locator("#text .prompt")).to_have_text(HOSTILE)
         page.get_by_role("tab", name="Learning").click()
         expect(page.locator("#sample")).to_have_text(HOSTILE)

@@ -24,6 +24,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 import prepare_shakespeare
+from tools import playground
 
 ROOT = Path(prepare_shakespeare.__file__).parent
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"  # finds what makes a page hard to use
@@ -92,11 +93,11 @@ def opened(browser, url: str, width: int = 1280, height: int = 900, scheme: str 
     context.close()
 
 
-def write_file(run: str) -> str:
-    """Write the file of a run as a user does, and return its address."""
-    command = [sys.executable, "-m", "tools.playground", f"--out_dir={run}", "--to=sent.html"]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    return Path("sent.html").resolve().as_uri()
+def write_file(**options) -> str:
+    """Write a run as one file, and return its address."""
+    config = playground.PlaygroundConfig(device="cpu", **options)
+    playground.main(config)
+    return Path(config.to).resolve().as_uri()
 
 
 def start_text(page, **options) -> None:
@@ -131,10 +132,8 @@ def try_write(page) -> None:
     assert page.locator("#seed").is_visible() != narrow  # on a phone the text comes first
     expect(token).to_have_count(300)
     expect(chosen).to_contain_text("Token 1 is ")
-    expect(page.locator("#model-about")).to_contain_text(
-        "parameters: 2 layers, 4 heads, 128 wide, context 128"
-    )
-    expect(page.locator("#model-about")).to_contain_text("step 12, validation loss 2.")
+    size = r"parameters: 2 layers, 4 heads, 128 wide, context 128, .* step 12, validation loss 2\."
+    expect(page.locator("#model-about")).to_contain_text(re.compile(size))
     token.nth(6).click()
     expect(chosen).to_contain_text("Token 7 is ")
     expect(page.locator("#row span")).to_have_count(len("3 times") + 6)
@@ -182,27 +181,21 @@ def try_sampling(page) -> None:
     before = says.all_inner_texts()
     page.locator("#temperature").fill("1")
     assert drawn.all_inner_texts() == says.all_inner_texts() == before
-    page.locator("#temperature").focus()
     for _ in range(20):
-        page.keyboard.press("ArrowRight")
+        page.locator("#temperature").press("ArrowRight")
     expect(page.locator("#temperature-now")).to_have_text("2")
-    first = float(drawn.first.inner_text().strip("%")), float(says.first.inner_text().strip("%"))
-    assert first[0] < first[1] and says.all_inner_texts() == before
+    shares = [float(column.first.inner_text().strip("%")) for column in (drawn, says)]
+    assert shares[0] < shares[1] and says.all_inner_texts() == before
+    top_k, about = page.locator("#top_k"), page.locator("#about")
     page.locator("#sampling details").evaluate("details => { details.open = true; }")
-    page.locator("#top_k").fill("1")
+    top_k.fill("1")
     assert drawn.all_inner_texts()[:2] == ["100.0%", "0%"]
-    for name, wrong, words in (
-        ("top_k", "", "Top-k (0: all): write a number from 0 to 65,536."),
-        ("top_p", "0", "Top-p (1: all): write a number from 0.05 to 1."),
-    ):
-        right = page.locator(f"#{name}").input_value()
-        page.locator(f"#{name}").fill(wrong)
-        expect(page.locator("#about")).to_have_text(words)
+    top_k.fill("")
+    for _ in range(2):
+        expect(about).to_have_text("Top-k (0: all): write a number from 0 to 65,536.")
         page.locator("#write-start").click()
-        expect(page.locator("#about")).to_have_text(words)
-        page.locator(f"#{name}").fill(right)
-        expect(page.locator("#about")).to_have_text("")
-    page.locator("#top_k").fill("0")
+    top_k.fill("0")
+    expect(about).to_have_text("")
 
 
 def try_next_token(page) -> None:
@@ -291,8 +284,6 @@ def try_attention(page) -> None:
     page.locator("#count").fill("99")
     page.locator("#count").press("Enter")
     expect(verdict).to_have_text("Tokens, at most: write a number from 2 to 64.")
-    page.locator("#count").fill("24")
-    page.locator("#count").press("Enter")
 
 
 def try_inside(page) -> None:
@@ -402,7 +393,7 @@ def test_every_tab_works_wide_and_narrow_light_and_dark(runs, sent):
     tabs |= {"Inside": try_inside, "Compare": try_compare, "Learning": try_learning}
     if sent:
         tabs |= {"Compare": try_compare_alone, "Learning": try_learning_alone}
-    source = nullcontext(write_file(runs[0])) if sent else served(runs)
+    source = nullcontext(write_file(out_dir=runs[0], to="sent.html")) if sent else served(runs)
     with source as url, chromium() as browser:
         for width, scheme in ((1280, "light"), (390, "dark")):
             with opened(browser, url, width, scheme=scheme) as page:
