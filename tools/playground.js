@@ -174,8 +174,8 @@ function drawText() {
 // Ask for what the model computed before it wrote the chosen token.
 async function look() {
     const signal = beginTurn("look"), {checkpoint, prompt: text, tokens, config} = written;
-    const n = Number(byId("way-head").value), [layer, head] = [Math.floor(n / config.n_head), n % config.n_head];
-    const place = {number: chosen, id: tokens[chosen].id, layer, head};
+    const n = Number(byId("way-head").value), {n_head} = config, layer = Math.floor(n / n_head);
+    const place = {number: chosen, id: tokens[chosen].id, layer, head: n % n_head};
     const request = {...place, checkpoint, text, written: idsOf(tokens.slice(0, chosen))};
     try {
         for await (const answer of ask("look", request, signal)) {
@@ -507,8 +507,8 @@ function stepsInside({values: x, context, layer}) {
 function drawInside() {
     if (!looked) return isLoading("inside-message") || show("inside-message", "Write a text first.", true);
     const {candidates, logits, id, number} = looked, says = drawnWith(logits, {temperature: 1});
-    const written = label(candidates.find(c => c.id === id));
-    show("inside-message", `What happened before token ${number + 1} of the text, “${written}”:`);
+    const name = label(candidates.find(c => c.id === id));
+    show("inside-message", `What happened before token ${number + 1} of the text, “${name}”:`);
     const names = looked.context.slice(-looked.values.q.length).map(label);
     const strip = (name, rows) => Object.assign(
         picture(rows, Math.max(...rows.flatMap(row => Array.from(row, Math.abs)))),
