@@ -13,7 +13,7 @@ from configurator import UserError
 from pathlib import Path
 
 from model import GPT
-from support.files import atomic_write, read_text
+from support.files import atomic_write
 from support.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -39,7 +39,7 @@ def write_page(path: Path, model: GPT, tokenizer: Tokenizer, facts: dict, dtype:
         w.astype("<f2" if dtype == "float16" else "<f4").tobytes() for w in weights.values()
     )
     blocks = {"model": data.replace("<", "\\u003c"), "weights": base64.b64encode(numbers).decode()}
-    html = inline(read_text(HERE / "playground.html"))
+    html = inline((HERE / "playground.html").read_text(encoding="utf-8"))
     for name, text in blocks.items():  # a browser does not run them, and no text in them ends them
         html = html.replace(
             "<!-- data -->", f'<!-- data --><script type="text/plain" id="{name}">{text}</script>'
@@ -52,7 +52,7 @@ def write_page(path: Path, model: GPT, tokenizer: Tokenizer, facts: dict, dtype:
 def inline(html: str) -> str:
     """Return the page with its style sheet and scripts inside, and a policy that allows them."""
     html = re.sub(r'<link rel="stylesheet" href="(.+?)">', r'<style src="\1"></style>', html)
-    html = re.sub(r' src="(.+?)">', lambda match: f">{read_text(HERE / match[1])}", html)
+    html = re.sub(r' src="(.+?)">', lambda m: ">" + (HERE / m[1]).read_text(encoding="utf-8"), html)
     policy = "default-src 'none'; img-src data:; worker-src blob:"
     for element in ("style", "script"):
         policy += f"; {element}-src"

@@ -94,7 +94,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_file_has_the_run_and_neither_a_path_nor_html_from_it(tmp_path, capsys):
+def test_a_file_has_the_run_and_no_path_or_html_from_it(tmp_path, capsys, monkeypatch):
     write_run("char", start=HOSTILE)
     write_file(out_dir="out/char", to="char.html")
     assert "char.html: writing 11,780 parameters, about 0.0 MB ..." in capsys.readouterr().out
@@ -107,6 +107,12 @@ def test_a_file_has_the_run_and_neither_a_path_nor_html_from_it(tmp_path, capsys
     assert not re.findall(r'(?:src|href)="(?!data:,")', text)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', text)[1]
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+    for name in ("playground.html", "playground.css", "playground.js", "engine.js"):
+        lines = (onepage.HERE / name).read_bytes().replace(b"\n", b"\r\n")  # as git on Windows does
+        Path(name).write_bytes(lines)
+    monkeypatch.setattr(onepage, "HERE", tmp_path)
+    write_file(out_dir="out/char", to="char.html")
+    assert Path("char.html").read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize(
