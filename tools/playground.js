@@ -1,18 +1,19 @@
 "use strict";
-// Draw what tools/playground.py answers. Text reaches the page only as text nodes and attribute
-// values, never as HTML, so a prompt, a token or a file name can not add elements or scripts.
+// Draw what tools/playground.py answers or, in a file that --to wrote, engine.js. Text reaches the
+// page only as text nodes and attribute values, never as HTML, so a prompt, a token or a file name
+// can not add elements or scripts.
 
+const PROJECT = "gpt2-from-scratch";
 const byId = id => document.getElementById(id);
 
-function build(node, attributes, children) {
+function element(space, tag, attributes = {}, ...children) {
+    const node = document.createElementNS(`http://www.w3.org/${space}`, tag);
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
     node.append(...children);
     return node;
 }
-const html = (tag, attributes = {}, ...children) =>
-    build(document.createElement(tag), attributes, children);
-const svg = (tag, attributes = {}, ...children) =>
-    build(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+const html = (...parts) => element("1999/xhtml", ...parts);
+const svg = (...parts) => element("2000/svg", ...parts);
 
 function show(id, text, alert = false) {
     const message = byId(id);
@@ -20,32 +21,54 @@ function show(id, text, alert = false) {
     if (message.textContent !== text) message.textContent = text;
 }
 
-// A mistake of the user, as the program reports it.
-class UserError extends Error {}
-
 function report(id, error) {
-    if (error.name === "AbortError") return;  // the user asked for something else
-    if (error instanceof UserError) return show(id, error.message, true);
-    show(id, "The program does not answer. Is it still running?", true);
+    const known = error instanceof UserError ? error.message : "";
+    if (error.name !== "AbortError")  // otherwise the user asked for something else
+        show(id, known || "The program does not answer. Is it still running?", true);
 }
 
-// Send a request; yield the JSON objects of the answer, one per line, as they arrive.
-async function* ask(action, fields, signal) {
-    const options = {method: "POST", body: JSON.stringify(fields), signal};
-    const response = await fetch(action, options);
+// Return a stream of the objects in the server's answer, one per line.
+async function askServer(action, fields, signal) {
+    const response = await fetch(action, {method: "POST", body: JSON.stringify(fields), signal});
     if (!response.ok) throw new UserError(`The program refused the request (${response.status}).`);
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
-    for (;;) {
-        const {done, value} = await reader.read();
-        if (done) return;
-        const lines = (rest + value).split("\n");
+    const parse = new TransformStream({transform(chunk, controller) {
+        const lines = (rest + chunk).split("\n");
         rest = lines.pop();
-        for (const answer of lines.map(line => JSON.parse(line))) {
-            if (answer.error) throw new UserError(answer.error);
-            if (signal?.aborted) return;
-            yield answer;
-        }
+        for (const line of lines) controller.enqueue(JSON.parse(line));
+    }});
+    return response.body.pipeThrough(new TextDecoderStream()).pipeThrough(parse);
+}
+
+const isFile = byId("weights") !== null;  // --to wrote this page, and the model is inside it
+const source = new Blob([byId("engine").textContent], {type: "text/javascript"});
+const worker = isFile ? new Worker(URL.createObjectURL(source)) : null;
+const inside = id => byId(id).textContent;
+worker?.postMessage({model: inside("model"), weights: inside("weights")});
+byId("weights")?.remove();  // the worker has a copy
+
+// Return a stream of the engine's answers.
+function askEngine(action, fields, signal) {
+    const {port1, port2} = new MessageChannel();
+    worker.postMessage({action, fields, port: port2}, [port2]);
+    return new ReadableStream({start(controller) {
+        port1.onmessage = ({data}) => data ? controller.enqueue(data) : controller.close();
+        signal?.addEventListener("abort", () => {
+            port1.onmessage = null;
+            port1.postMessage("end");
+            controller.error(signal.reason);
+        });
+    }});
+}
+
+// Yield the answers to a request as they arrive.
+async function* ask(action, fields, signal) {
+    const stream = await (isFile ? askEngine : askServer)(action, fields, signal);
+    for (const reader = stream.getReader();;) {
+        const {done, value} = await reader.read();
+        if (done || signal?.aborted) return;
+        if (value.error) throw new UserError(value.error);
+        yield value;
     }
 }
 
@@ -57,152 +80,276 @@ function beginTurn(kind) {
     return turns[kind].signal;
 }
 
+const isWide = () => matchMedia("(min-width: 950px)").matches;
+const average = numbers => numbers.reduce((a, b) => a + b, 0) / numbers.length;
 const percent = p => p === 0 ? "0%" : p < 0.0005 ? "<0.1%" : `${(100 * p).toFixed(1)}%`;
 // The square root separates 1% from 5% as well as 50% from 80%.
 const shade = p => Math.sqrt(p).toFixed(2);
 
-const cell = (p, ...children) => {
-    const td = html("td", {class: "bar"}, ...children, percent(p));
-    td.style.setProperty("--p", p.toFixed(4));
-    return td;
-};
+// Color an element by a probability.
+function withColor(node, p) {
+    node.style.setProperty("--p", p.toFixed(4));
+    node.style.setProperty("--shade", shade(p));
+    return node;
+}
+const cell = (p, ...children) => withColor(html("td", {class: "bar"}, ...children, percent(p)), p);
 
-// Write: a text, the candidates for each token, and the most likely tokens after each layer
+// The model
+let runs = {};  // the checkpoints of each run
 
-let written = {checkpoint: "", prompt: "", tokens: []};
+const integer = n => n.toLocaleString("en");
+const short = n => Number(n.toPrecision(3));
+
+// Return the size of a model, its step and its loss.
+async function describe(checkpoint, {config: c, parameters, step}) {
+    const run = Object.keys(runs).find(run => runs[run].includes(checkpoint));
+    let loss = "no validation loss in its log";
+    try {
+        const {value: {records}} = await ask("log", {run, version: null}).next();
+        const r = records.findLast(r => r.val_loss != null && r.step <= step);
+        const when = r.step === step ? "" : ` at step ${integer(r.step)}`;
+        loss = `validation loss ${r.val_loss.toFixed(3)}${when} (epoch ${short(r.epoch)})`;
+    } catch { /* there is no log, or no loss in it */ }
+    return `${integer(parameters)} parameters: ${c.n_layer} layers, ${c.n_head} heads, ${c.n_embd} `
+        + `wide, context ${integer(c.block_size)}, vocabulary ${integer(c.vocab_size)}; step `
+        + `${integer(step)}, ${loss}`;
+}
+
+// Return the number in an input. Throws UserError if it is not one that the input takes.
+function numberIn(id) {
+    const {validity, valueAsNumber, labels, min, max} = byId(id);
+    if (validity.valid) return valueAsNumber;
+    throw new UserError(`${labels[0].firstChild.textContent.trim()}: write a number from ${min} to `
+        + `${integer(Number(max))}.`);
+}
+
+// Return the options of sample.py with these names.
+function samplingOptions() {
+    const [temperature, top_k, top_p, max_new_tokens, seed] =
+        ["temperature", "top_k", "top_p", "max_new_tokens", "seed"].map(numberIn);
+    return {temperature, top_k: top_k || null, top_p: top_p < 1 ? top_p : null, max_new_tokens, seed};
+}
+
+// The prompt; null asks for the one of the run's own samples, as long as nobody has typed another.
+let typed = false;
+const prompt = () => typed ? byId("prompt").value : null;
+
+// Return whether the prompt is not known yet, and say so. The tabs are drawn again when it is.
+function isLoading(id) {
+    if (typed || byId("prompt").value) return false;
+    show(id, "loading the model ...");
+    return true;
+}
+
+// Write: a text and, for one token, its candidates, its attention and the logit lens
+
+let written = {checkpoint: "", prompt: "", tokens: [], goal: 0};  // goal: the planned length
+let undone = [];  // earlier texts
 let chosen = 0;
 let following = true;  // scroll to the end while the text grows, until the user chooses a token
-
-function samplingOptions() {
-    const value = id => byId(id).value;
-    return {
-        start: value("prompt"),
-        temperature: value("temperature"),
-        top_k: Number(value("top_k")) || (value("top_k") && "None"),
-        top_p: Number(value("top_p")) === 1 ? "None" : value("top_p"),
-        max_new_tokens: value("max_new_tokens"),
-        seed: value("seed"),
-    };
-}
-
-function describeSettings() {
-    const {temperature, top_k, top_p} = samplingOptions();
-    return `temperature ${temperature}` + (top_k === "None" ? "" : `, top-k ${top_k}`)
-        + (top_p === "None" ? "" : `, top-p ${top_p}`);
-}
+let looked = null;  // the answer about the chosen token
 
 const promptSpan = text => html("span", {class: "prompt"}, text);
+const label = token => labelOf(token.bytes);
+const idsOf = tokens => tokens.map(token => token.id);
 
-const taken = token => token.candidates.find(candidate => candidate.taken);
-
-function tokenSpan(token, number) {
-    const p = taken(token).before;
+// Append the element of the last token.
+function appendToken(box, tokens) {
+    const {bytes, p} = tokens.at(-1), number = tokens.length - 1;
+    const before = tokens.slice(-5, -1).map(token => token.bytes);
     const span = html("span", {class: "token", title: percent(p), "data-token": number});
-    span.style.setProperty("--shade", shade(p));
-    token.text.split("\n").forEach((line, i) => {  // show a line end, so that it can be clicked
+    addedText(before, bytes).split("\n").forEach((line, i) => {  // show a line end, to be clicked
         if (i > 0) span.append(html("i", {}, "↵"), "\n");
         span.append(line);
     });
-    return span;
+    box.append(withColor(span, p));
 }
 
-function drawToken() {
-    const token = written.tokens[chosen];
-    for (const view of document.querySelectorAll(".token-view")) view.hidden = !token;
-    if (!token) return;
-    byId("choice").replaceChildren(
-        `Token ${chosen + 1} is `, html("b", {}, taken(token).label), ". The candidates were:");
-    byId("settings").textContent = token.settings;
-    byId("candidates").replaceChildren(...token.candidates.map(c => html("tr",
-        {class: c.taken ? "taken" : ""},
-        html("td", {}, c.rank.toLocaleString("en")),
-        html("th", {scope: "row"}, html("button", {"data-id": c.id}, c.label)),
-        cell(c.before), cell(c.after))));
-    byId("lens").replaceChildren(...token.lens.map((best, layer) => html("tr", {},
-        html("th", {scope: "row"}, layer + 1),
-        ...best.map(c => cell(c.p, html(c.taken ? "b" : "span", {class: "piece"}, c.label), " ")))));
+function drawText() {
+    byId("text").replaceChildren(promptSpan(written.prompt));
+    written.tokens.forEach((_, i) => appendToken(byId("text"), written.tokens.slice(0, i + 1)));
+    byId("write-back").hidden = !undone.length;
+}
+
+// Ask for what the model computed before it wrote the chosen token.
+async function look() {
+    const signal = beginTurn("look"), {checkpoint, prompt: text, tokens, config} = written;
+    const n = Number(byId("way-head").value), {n_head} = config, layer = Math.floor(n / n_head);
+    const place = {number: chosen, id: tokens[chosen].id, layer, head: n % n_head};
+    const request = {...place, checkpoint, text, written: idsOf(tokens.slice(0, chosen))};
+    try {
+        for await (const answer of ask("look", request, signal)) {
+            looked = {...answer, ...place};
+            drawCandidates();
+            drawRow();
+            byId("lens").replaceChildren(...answer.lens.map((best, i) => html("tr", {},
+                html("th", {scope: "row"}, i + 1), ...best.map(c => cell(c.p,
+                    html(c.id === place.id ? "b" : "span", {class: "piece"}, label(c)), " ")))));
+            redraw();
+        }
+    } catch (error) {
+        report("about", error);
+    }
+}
+
+function drawSampling() {
+    byId("temperature-now").value = byId("temperature").value;
+    try {
+        samplingOptions();
+        show("about", "");
+        if (looked) drawCandidates();
+    } catch (error) {
+        report("about", error);
+    }
+}
+
+function drawCandidates() {
+    const says = drawnWith(looked.logits, {temperature: 1});
+    const drawn = drawnWith(looked.logits, samplingOptions());
+    byId("candidates").replaceChildren(...looked.candidates.map(c => html("tr",
+        {class: c.id === looked.id ? "taken" : ""},
+        html("td", {}, integer(c.rank)),
+        html("th", {scope: "row"}, html("button", {"data-id": c.id}, label(c))),
+        cell(says[c.rank - 1]), cell(drawn[c.rank - 1]))));
+}
+
+// Show what the last token of the context looked at, in one head or in the mean of all.
+function drawRow() {
+    const heads = looked.rows.flat(), head = heads[byId("row-head").value];
+    const row = head ?? heads[0].map((_, i) => average(heads.map(weights => weights[i])));
+    const largest = Math.max(...row);
+    byId("row").replaceChildren(...looked.context.map((token, i) => withColor(
+        html("span", {class: "seen", title: percent(row[i])}, label(token)), row[i] / largest)));
+    byId("row").scrollTop = byId("row").scrollHeight;
 }
 
 function choose(number) {
     const spans = byId("text").querySelectorAll(".token");
+    for (const view of document.querySelectorAll(".token-view")) view.hidden = !spans.length;
     if (!spans[number]) return;
     spans[chosen]?.classList.remove("chosen");
     chosen = number;
     spans[chosen].classList.add("chosen");
-    drawToken();
+    byId("choice").replaceChildren(`Token ${chosen + 1} is `,
+        html("b", {}, label(written.tokens[chosen])), ". The candidates were:");
+    look();
 }
 
 function chooseByHand(number) {
     following = false;
     choose(number);
     byId("text").querySelector(".chosen")?.scrollIntoView({block: "nearest"});
+    if (!isWide()) byId("candidates").scrollIntoView({block: "nearest"});
 }
 
-// Write `count` tokens after the first `kept` tokens of the text; `choice`, an id, comes before them.
-// Without these it is a new text. A `start` of null asks for the prompt of the run's own samples.
-async function writeText({kept = 0, choice = null, count, start = byId("prompt").value} = {}) {
-    const signal = beginTurn("write"), box = byId("text"), settings = describeSettings();
+// Write `count` tokens after those of the text. `fresh` begins a new text with the prompt.
+async function writeText({fresh = true, count} = {}) {
+    const signal = beginTurn("write"), box = byId("text"), checkpoint = byId("checkpoint").value;
     following = true;
-    if (kept === 0 && choice === null) {
-        written = {checkpoint: byId("checkpoint").value, prompt: start, tokens: []};
-        chosen = 0;
-        box.replaceChildren();
-        drawToken();
+    mapOver("text");
+    if (fresh) {
+        turns.look?.abort();
+        if (checkpoint !== written.checkpoint) show("model-about", "");
+        written = {checkpoint, prompt: "", tokens: [], goal: 0};
+        [undone, chosen, looked] = [[], 0, null];
+        drawText();
+        choose(0);
     }
-    const {checkpoint, tokens} = written;
-    const options = {...samplingOptions(), start: start ?? undefined};
-    if (count) options.max_new_tokens = count;
-    for (const span of [...box.querySelectorAll(".token")].slice(kept)) span.remove();
-    tokens.length = kept;
+    const {tokens} = written, begun = tokens.length;
+    const loading = setTimeout(show, 300, "about", "loading the model ...");
     try {
-        const request = {checkpoint, options, written: tokens.map(token => token.id), choice};
-        let about = "";
+        const options = {...samplingOptions(), start: (fresh ? prompt() : written.prompt) ?? undefined};
+        options.max_new_tokens = count ?? options.max_new_tokens;
+        written.goal = begun + options.max_new_tokens;
+        const request = {checkpoint: written.checkpoint, options, written: idsOf(tokens)};
         for await (const answer of ask("write", request, signal)) {
-            if (answer.about) {
-                show("about", about = answer.about);
-                if (box.hasChildNodes()) continue;
-                written.prompt = answer.prompt;
-                if (start === null) byId("prompt").value = answer.prompt;
-                box.append(promptSpan(answer.prompt));
+            clearTimeout(loading);
+            if (answer.config) {
+                const {count: length, config: {block_size: limit}} = answer;
+                show("about", length <= limit ? "" : `The prompt has ${integer(length)} tokens, and `
+                    + `this model sees the last ${integer(limit)}.`);
+                if (fresh) beginText(answer);
                 continue;
             }
-            box.append(tokenSpan(answer, tokens.length));
-            tokens.push({...answer, settings});
-            if (tokens.length === kept + 1 || count === 1) choose(tokens.length - 1);
+            tokens.push(answer);
+            appendToken(box, tokens);
+            if (tokens.length === begun + 1 && (fresh || count === 1)) choose(begun);
             if (following) box.scrollTop = box.scrollHeight;
         }
-        const expected = kept + (choice !== null) + Number(options.max_new_tokens);
-        if (!signal.aborted && tokens.length < expected)
-            show("about", `${about}; the model ended the text here`);
+        if (!signal.aborted && tokens.length < written.goal)
+            show("about", "The model ended the text here.");
     } catch (error) {
         report("about", error);
     }
+    clearTimeout(loading);
+}
+
+// The model has answered: show its facts and the prompt, which may be the one of the run's samples.
+function beginText(answer) {
+    const {checkpoint} = Object.assign(written, answer);
+    if (!typed) byId("prompt").value = answer.prompt;
+    drawText();
+    for (const select of [byId("row-head"), byId("way-head")]) {
+        const {n_layer, n_head} = answer.config, before = Math.max(0, select.selectedIndex);
+        const all = select.querySelector("[value=all]") ?? "", heads = Array(n_layer * n_head).fill();
+        select.replaceChildren(all, ...heads.map((_, i) => html("option", {value: i},
+            `layer ${Math.floor(i / n_head) + 1}, head ${i % n_head + 1}`)));
+        select.selectedIndex = Math.min(before, select.options.length - 1);
+    }
+    describe(checkpoint, answer).then(about => {
+        if (checkpoint === written.checkpoint) show("model-about", `${checkpoint}: ${about}`);
+    });
+    redraw();
+}
+
+// Put a candidate in the place of the token that was looked at, and go on to the old length.
+function replaceToken(candidate) {
+    const {tokens, goal} = written, {number, logits} = looked, count = goal - number - 1;
+    const p = drawnWith(logits, {temperature: 1})[candidate.rank - 1];
+    undone.push({tokens: [...tokens], number});
+    written.tokens = [...tokens.slice(0, number), {...candidate, p}];
+    drawText();
+    choose(number);
+    if (count > 0) writeText({fresh: false, count});
 }
 
 // Go on with the text, or begin a new one if the prompt or the checkpoint is another one now.
 function continueText(count) {
-    const same = written.prompt === byId("prompt").value
+    const same = written.prompt && (prompt() ?? written.prompt) === written.prompt
         && written.checkpoint === byId("checkpoint").value;
-    writeText({kept: same ? written.tokens.length : 0, count});
+    writeText({fresh: !same, count});
+}
+
+function stopWriting() {
+    turns.write?.abort();
+    written.goal = written.tokens.length;
+}
+
+function undo() {
+    const {tokens, number} = undone.pop();
+    written.tokens = tokens;
+    stopWriting();
+    drawText();
+    chooseByHand(number);
 }
 
 // Tokens: the pieces of the prompt
-
 async function drawTokens() {
-    const signal = beginTurn("tokens");
-    const request = {checkpoint: byId("checkpoint").value, text: byId("prompt").value};
+    const signal = beginTurn("tokens"), text = byId("prompt").value;
+    const fields = {checkpoint: byId("checkpoint").value, text, written: [], masked: true, maps: false};
+    if (isLoading("tokens-message")) return;
     try {
-        for await (const {tokens, loss, count, characters} of ask("tokens", request, signal)) {
+        for await (const {tokens, losses, count} of ask("read", {...fields, count: 1e6}, signal)) {
+            const many = (n, word) => `${integer(n)} ${word}${n === 1 ? "" : "s"}`;
             const shown = tokens.length < count ? `; these are the first ${tokens.length}` : "";
-            const mean = loss === null ? "" : ` Loss: ${loss.toFixed(3)} nats per token, the mean of `
-                + "-ln(probability).";
-            show("tokens-message", `${characters} character${characters === 1 ? "" : "s"}, ${count} `
-                + `token${count === 1 ? "" : "s"}${shown}.${mean}`);
-            byId("pieces").replaceChildren(...tokens.map(({id, label, p}) => {
-                const piece = html("span", {class: p === null ? "piece" : "piece token"}, label);
-                piece.style.setProperty("--shade", shade(p ?? 0));
-                return html("li", {}, piece, html("small", {}, `id ${id}`),
-                    html("small", {}, p === null ? "first" : percent(p)));
+            const loss = losses.length ? ` Loss: ${average(losses).toFixed(3)} nats per token, the `
+                + "mean of -ln(probability)." : "";
+            show("tokens-message", `${many(Array.from(text).length, "character")}, `
+                + `${many(count, "token")}${shown}.${loss}`);
+            byId("pieces").replaceChildren(...tokens.map((token, i) => {
+                const p = i ? Math.exp(-losses[i - 1]) : 0, known = i ? "piece token" : "piece";
+                return html("li", {}, withColor(html("span", {class: known}, label(token)), p),
+                    html("small", {}, `id ${token.id}`), html("small", {}, i ? percent(p) : "first"));
             }));
         }
     } catch (error) {
@@ -213,33 +360,29 @@ async function drawTokens() {
 
 // Attention: which token looks at which
 
-let seen = null;  // the last answer, with the maps of all heads
+let seen = null;  // the labels of the tokens, and the maps of all heads
 let head = [0, 0];  // the layer and the head that are large
 
-function verdict(answer, what) {
-    const [masked, unmasked] = answer.maps.map(map => map.loss);
+const mapOver = what => { document.querySelector(`[name="over"][value="${what}"]`).checked = true; };
+
+function verdict([masked, unmasked]) {
     const losses = `Without the mask the loss goes from ${masked.toFixed(3)} to ${unmasked.toFixed(3)}`;
-    const shown = answer.labels.length;
-    const length = `${what} has ${answer.count.toLocaleString("en")} tokens`
-        + (shown < answer.count ? `; the maps show the first ${shown}.` : ".");
-    if (unmasked < masked / 2)
-        return `${losses}, which is impossibly good. This model was trained without the mask: it copies `
-            + `each answer from the next token, which does not exist when it writes. ${length}`;
-    return `${losses}. A model that was trained with the mask never learned to use later tokens. A model `
-        + "that was trained without it gets an impossibly low loss here: `python -m tools.lessons` "
-        + `trains one in out/lessons/no_mask. ${length}`;
+    return unmasked < masked / 2
+        ? `${losses}, which is impossibly good: this model was trained without the mask. It copies `
+            + "each answer from the next token, which does not exist when it writes."
+        : `${losses}: this model was trained with the mask and never learned to use later tokens.`;
 }
 
 function heatMap({weights, masked}, labels) {
-    const size = 16, T = labels.length;
+    const size = 16, T = labels.length, unit = Math.max(1, T / 26);  // of the letters
     const names = labels.map(name => name.length <= 9 ? name : `${name.slice(0, 8)}…`);
     const longest = Math.max(...names.map(name => name.length));
-    const margin = 26 + 7 * longest, side = margin + T * size + 1, end = side - 1;
+    const margin = unit * (26 + 7 * longest), side = margin + T * size + 1, end = side - 1;
     const steps = `M${margin} ${margin}${`h${size}v${size}`.repeat(T)}`;  // the future is above
     const map = svg("svg", {viewBox: `0 0 ${side} ${side}`, role: "img",
         "aria-label": `attention ${masked ? "with" : "without"} the mask`});
-    map.style.minWidth = `${Math.round(0.75 * side)}px`;
     map.style.maxWidth = `${Math.round(1.5 * side)}px`;
+    map.style.setProperty("--unit", unit);
     if (masked) map.append(svg("path", {class: "masked", d: `${steps}V${margin}Z`}));
     for (let row = 0; row < T; row++) {
         for (let column = 0; column < (masked ? row + 1 : T); column++) {
@@ -249,40 +392,42 @@ function heatMap({weights, masked}, labels) {
                 y: margin + row * size, width: size, height: size, "fill-opacity": shade(p),
             }, svg("title", {}, `${names[row]} looks at ${names[column]}: ${percent(p)}`)));
         }
-        const middle = margin + (row + 0.5) * size;
-        const turned = {transform: `translate(${middle + 4} ${margin - 5}) rotate(-90)`};
-        const upright = {x: middle, y: margin - 5, "text-anchor": "middle"};
+        if (row % Math.ceil(unit)) continue;  // no room for every name
+        const middle = margin + (row + 0.5) * size, edge = margin - 5 * unit;
+        const turned = {transform: `translate(${middle + 4 * unit} ${edge}) rotate(-90)`};
+        const upright = {x: middle, y: edge, "text-anchor": "middle"};
         map.append(
-            svg("text", {x: margin - 5, y: middle + 4, "text-anchor": "end"}, names[row]),
+            svg("text", {x: edge, y: middle + 4 * unit, "text-anchor": "end"}, names[row]),
             svg("text", longest === 1 ? upright : turned, names[row]));
     }
+    const below = `translate(${11 * unit} ${end}) rotate(-90)`;
     map.append(
         svg("path", {class: "stairs", d: steps}),
-        svg("text", {class: "axis", x: margin, y: 11}, "looked at (keys) →"),
-        svg("text", {class: "axis", transform: `translate(11 ${end}) rotate(-90)`}, "looking (queries) →"));
-    if (masked && T > 12) map.append(
-        svg("text", {class: "axis", x: end - 6, y: margin + 20, "text-anchor": "end"}, "the future, masked"));
+        svg("text", {class: "axis", x: margin, y: 11 * unit}, "looked at (keys) →"),
+        svg("text", {class: "axis", transform: below}, "looking (queries) →"));
     return map;
 }
 
 function figure({masked, loss, weights}, labels) {
-    const [layer, number] = head;
-    const map = {masked, weights: weights[layer][number].map(row => row.map(w => w / 10000))};
-    const future = map.weights.flatMap((row, i) => row.slice(i + 1)).reduce((a, b) => a + b, 0);
-    return html("figure", {}, html("figcaption", {},
-        html("b", {}, `Layer ${layer + 1}, head ${number + 1}, ${masked ? "with" : "without"} the mask`),
-        html("br"), `loss ${loss.toFixed(3)} nats per token, ${percent(future / labels.length)} of the `
-            + "attention on the future"),
-    html("div", {class: "scroll", tabindex: 0}, heatMap(map, labels)));
+    const [layer, number] = head, rows = Array.from(weights[layer][number], row => Array.from(row));
+    const future = average(rows.map((row, i) => row.slice(i + 1).reduce((a, b) => a + b, 0)));
+    const name = `Layer ${layer + 1}, head ${number + 1}, ${masked ? "with" : "without"} the mask`;
+    return html("figure", {}, html("figcaption", {}, html("b", {}, name), html("br"),
+        `loss ${loss.toFixed(3)} nats per token, ${percent(future)} of the attention on the future`),
+    heatMap({masked, weights: rows}, labels));
 }
 
-function thumbnail(weights, layer, number) {
-    const T = weights.length, canvas = html("canvas", {width: T, height: T, "aria-hidden": true});
-    const image = new ImageData(T, T), color = getComputedStyle(byId("heads")).color.match(/\d+/g);
-    weights.flat().forEach((w, i) => image.data.set([...color, 255 * shade(w / 10000)], 4 * i));
-    canvas.getContext("2d").putImageData(image, 0, 0);
-    return html("button", {"data-head": [layer, number], "aria-pressed": false,
-        title: `layer ${layer + 1}, head ${number + 1}`}, canvas);
+// Return a canvas with a pixel for each number: blue above 0, orange below, strong if it is large.
+function picture(rows, largest = 1) {
+    const canvas = html("canvas", {width: rows[0].length, height: rows.length, "aria-hidden": true});
+    const context = canvas.getContext("2d"), style = getComputedStyle(document.body);
+    const [past, future] = ["--past", "--future"].map(name => style.getPropertyValue(name));
+    rows.forEach((row, y) => row.forEach((value, x) => {
+        context.fillStyle = value < 0 ? future : past;
+        context.globalAlpha = shade(Math.abs(value) / largest);
+        context.fillRect(x, y, 1, 1);
+    }));
+    return canvas;
 }
 
 function drawHeads() {
@@ -291,7 +436,8 @@ function drawHeads() {
     const layers = seen.maps[0].weights;
     byId("heads").style.setProperty("--heads", layers[0].length);
     byId("heads").replaceChildren(...layers.flatMap((heads, layer) => heads.map((weights, number) =>
-        thumbnail(weights, layer, number))));
+        html("button", {"data-head": [layer, number], "aria-pressed": false,
+            title: `layer ${layer + 1}, head ${number + 1}`}, picture(weights)))));
     enlarge(...head);
 }
 
@@ -307,61 +453,125 @@ function enlarge(layer, number) {
 }
 
 async function drawAttention() {
-    const signal = beginTurn("attention");
-    const both = byId("over").querySelector(":checked").value === "text" && written.tokens.length > 0;
-    const text = both ? written.prompt + written.tokens.map(token => token.text).join("")
-        : byId("prompt").value;
-    const request = {checkpoint: byId("checkpoint").value, text, count: Number(byId("count").value)};
+    const signal = beginTurn("attention"), {tokens: after, prompt: start} = written;
+    const both = checked("over")[0] === "text" && after.length > 0;
+    const text = both ? start : byId("prompt").value, ids = both ? idsOf(after) : [];
+    const fields = {checkpoint: byId("checkpoint").value, text, written: ids, maps: true};
+    if (isLoading("verdict")) return;
     try {
-        for await (const answer of ask("attention", request, signal)) {
-            seen = answer;
-            show("verdict", verdict(answer, both ? "The prompt with the text" : "The prompt alone"));
-            drawHeads();
-        }
+        const maps = [], count = numberIn("count");
+        for (const masked of [true, false])
+            for await (const answer of ask("read", {...fields, count, masked}, signal))
+                maps.push({...answer, masked, loss: average(answer.losses)});
+        const labels = maps[0].tokens.map(label), all = integer(maps[0].count);
+        if (labels.length < 2)
+            throw new UserError("Attention needs two tokens; write a longer prompt.");
+        seen = {maps, labels};
+        const shown = labels.length < maps[0].count ? `; the maps show the first ${labels.length}` : "";
+        show("verdict", `The prompt ${both ? "with the text" : "alone"} has ${all} tokens${shown}. `
+            + verdict(maps.map(map => map.loss)));
     } catch (error) {
         if (error.name === "AbortError") return;
         seen = null;
-        drawHeads();
         report("verdict", error);
+    }
+    drawHeads();
+}
+
+// Inside: the numbers of the last tokens, from the answer about the chosen token
+
+// Return the steps: a name, a sentence with this text's own numbers, and matrices of the last tokens.
+function stepsInside({values: x, context, layer}) {
+    const n = x.q.length, C = x.input[0].length, hs = x.q[0].length, at = context.length - 1;
+    const names = context.slice(-n).map(label), last = names[n - 1];
+    const near = x.weights.map(row => Array.from(row).slice(-n));  // attention among these tokens
+    const most = near[n - 1].indexOf(Math.max(...near[n - 1])), percentage = percent(near[n - 1][most]);
+    const product = Array.from(x.q[n - 1], (q, i) => q * x.k[most][i]).reduce((a, b) => a + b);
+    const active = percent(average(Array.from(x.hidden[n - 1], value => Number(value > 0))));
+    return [
+        layer > 0
+            ? [`Output of layer ${layer}`, `This layer begins with ${C} numbers per token.`, x.input]
+            : ["Embedding", `“${last}” is token id ${context[at].id} at position ${at}: two learned `
+                + `rows of ${C} numbers, added.`, x.input],
+        ["LayerNorm", "Each token's numbers with mean 0 and variance 1, times learned factors.", x.normed],
+        ["Query, key, value", `Three matrices make ${hs} numbers each for this head.`, x.q, x.k, x.v],
+        ["Attention", `The query of “${last}” times the key of “${names[most]}”, divided by √${hs}, `
+            + `is ${(product / Math.sqrt(hs)).toFixed(2)}; the softmax makes it ${percentage}.`, near],
+        ["Attention adds", `The values of all heads, weighted: ${C} numbers again.`, x.attention],
+        ["MLP", `${4 * C} numbers after GELU, ${active} of them above 0 for “${last}”, and the ${C} `
+            + "that they add.", x.hidden, x.mlp],
+        [`Output of layer ${layer + 1}`, "The input plus what attention and MLP add.", x.output],
+    ];
+}
+
+function drawInside() {
+    if (!looked) return isLoading("inside-message") || show("inside-message", "Write a text first.", true);
+    const {candidates, logits, id, number} = looked, says = drawnWith(logits, {temperature: 1});
+    const name = label(candidates.find(c => c.id === id));
+    show("inside-message", `What happened before token ${number + 1} of the text, “${name}”:`);
+    const names = looked.context.slice(-looked.values.q.length).map(label);
+    const strip = (name, rows) => Object.assign(
+        picture(rows, Math.max(...rows.flatMap(row => Array.from(row, Math.abs)))),
+        {describe: (x, y) => `${name}, “${names[y]}”, number ${x + 1} of ${rows[0].length}: `
+            + rows[y][x].toFixed(4)});
+    const figures = stepsInside(looked).map(([name, words, ...matrices]) => html("li", {},
+        html("h2", {}, name), html("p", {}, words), html("div", {class: "strips"},
+            html("div", {class: "names"}, ...names.map(name => html("span", {}, name))),
+            ...matrices.map(rows => strip(name, rows)))));
+    byId("way").replaceChildren(...figures, html("li", {}, html("h2", {}, "Probabilities"),
+        html("p", {}, `After the last layer, the head gives “${label(candidates[0])}” the logit `
+            + `${logits[0].toFixed(2)}; the softmax makes it ${percent(says[0])}.`),
+        html("table", {}, html("tbody", {}, ...candidates.slice(0, 5).map(c => html("tr", {},
+            html("th", {scope: "row"}, label(c)), cell(says[c.rank - 1])))))));
+}
+
+// Compare: one prompt, several checkpoints and temperatures
+
+const checked = id => Array.from(byId(id).querySelectorAll(":checked"), box => box.value);
+
+async function compareTexts() {
+    const signal = beginTurn("compare");
+    try {
+        const options = {...samplingOptions(), start: prompt() ?? undefined};
+        const cards = checked("compared").flatMap(checkpoint => checked("temperatures").map(value => {
+            const temperature = value === "" ? options.temperature : Number(value);
+            const title = html("h2", {}, `${checkpoint}, temperature ${temperature}`);
+            const about = html("p", {}, "..."), text = html("div", {class: "text"});
+            const request = {checkpoint, options: {...options, temperature}, written: []};
+            return {request, about, text, card: html("article", {}, title, about, text)};
+        }));
+        byId("cards").replaceChildren(...cards.map(({card}) => card));
+        show("compare-message", cards.length ? "" : "Choose a checkpoint and a temperature.", true);
+        for (const {request, about, text} of cards) await fillCard(request, about, text, signal);
+    } catch (error) {
+        report("compare-message", error);
     }
 }
 
-// Compare: one prompt, several checkpoints
-
-async function compareCheckpoints() {
-    const signal = beginTurn("compare");
-    const request = {options: samplingOptions(), written: [], choice: null};
-    const paths = Array.from(byId("compared").querySelectorAll(":checked"), box => box.value);
-    byId("cards").replaceChildren();
-    show("compare-message", paths.length ? `with ${describeSettings()}` : "No checkpoint is chosen.",
-        !paths.length);
-    for (const checkpoint of paths) {
-        if (signal.aborted) return;
-        const about = html("p"), text = html("div", {class: "text"});
-        byId("cards").append(html("article", {}, html("h2", {}, checkpoint), about, text));
-        let number = 0;
-        try {
-            for await (const answer of ask("write", {...request, checkpoint}, signal)) {
-                if (answer.candidates) text.append(tokenSpan(answer, number++));
-                else {
-                    about.textContent = answer.about;
-                    text.append(promptSpan(answer.prompt));
-                }
+async function fillCard(request, about, text, signal) {
+    const tokens = [];
+    try {
+        for await (const answer of ask("write", request, signal)) {
+            if (answer.config) {
+                about.textContent = await describe(request.checkpoint, answer);
+                text.append(promptSpan(answer.prompt));
+            } else {
+                tokens.push(answer);
+                appendToken(text, tokens);
             }
-        } catch (error) {
-            about.id = "compare-error";
-            report("compare-error", error);
-            about.removeAttribute("id");
         }
+    } catch (error) {
+        if (!(error instanceof UserError)) throw error;
+        about.className = "message alert";
+        about.textContent = error.message;
     }
 }
 
 // Learning: the losses and the samples of a run
-
 const CURVES = {loss: "batch", train_loss: "training", val_loss: "validation"};
 const NO_LOG = {version: null, records: []};
 let log = NO_LOG;
-const samples = () => log.records.filter(record => record.sample !== null);
+const samples = () => log.records.filter(record => record.sample != null);
 const moment = () => samples()[byId("moment").value];
 
 // Three to eight round numbers between `low` and `high`.
@@ -376,7 +586,7 @@ function ticks(low, high) {
 function drawLoss() {
     const box = byId("curve"), width = Math.max(300, box.clientWidth), height = 420;
     const points = Object.keys(CURVES).map(key =>
-        [key, log.records.filter(r => r[key] !== null).map(r => [r.step, r[key]])]);
+        [key, log.records.filter(r => r[key] != null).map(r => [r.step, r[key]])]);
     const all = points.flatMap(([, curve]) => curve);
     if (!all.length) return box.replaceChildren();
     const steps = all.map(([step]) => step).concat(samples().map(({step}) => step));
@@ -392,63 +602,56 @@ function drawLoss() {
         svg("line", {class: "grid", x1: 50, x2: width - 15, y1: y(loss), y2: y(loss)}),
         svg("text", {class: "axis", x: 44, y: y(loss) + 4, "text-anchor": "end"}, String(loss)));
     for (const step of ticks(left, right)) plot.append(
-        svg("text", {class: "axis", x: x(step), y: height - 20, "text-anchor": "middle"},
-            step.toLocaleString("en")));
+        svg("text", {class: "axis", x: x(step), y: height - 20, "text-anchor": "middle"}, integer(step)));
     points.forEach(([key, curve], i) => {
         const stride = Math.ceil(curve.length / 2000);  // a screen does not show more points
         const path = curve.filter((_, j) => j % stride === 0 || j === curve.length - 1);
-        const line = path.map(([step, loss]) => `${x(step)},${y(loss)}`).join(" ");
-        plot.append(
-            svg("polyline", {class: `curve ${key}`, points: line}),
+        const points = path.map(([step, loss]) => [x(step), y(loss)]);
+        // An evaluation is a dot. After the first one, the loss falls faster than a straight line.
+        const dots = key === "loss" ? [] : points.map(([cx, cy]) => svg("circle", {class: key, cx, cy, r: 3}));
+        const line = key === "loss" ? points : points.slice(1);
+        plot.append(...dots,
+            svg("polyline", {class: `curve ${key}`, points: line.join(" ")}),
             svg("text", {class: `axis ${key}`, x: 50 + 90 * i, y: 16}, `— ${CURVES[key]}`));
     });
-    plot.append(
-        svg("text", {class: "axis", x: width / 2, y: height - 4, "text-anchor": "middle"},
-            "step (losses in nats per token)"));
-    if (moment()) {
-        const at = x(moment().step);
-        plot.append(svg("line", {class: "moment", x1: at, x2: at, y1: 40, y2: height - 40}),
-            svg("circle", {class: "moment", cx: at, cy: 40, r: 5}));
-    }
-    const pointer = svg("line", {class: "pointer", y1: 40, y2: height - 40, visibility: "hidden"});
-    plot.append(pointer);
+    const axis = {class: "axis", x: width / 2, y: height - 4, "text-anchor": "middle"};
+    const at = moment() ? x(moment().step) : -99;  // outside, without a sample
+    const pointer = svg("path", {class: "pointer"});
+    plot.append(svg("text", axis, "step (losses in nats per token)"), pointer,
+        svg("path", {class: "moment", d: `M${at} 40V${height - 40}`}),
+        svg("circle", {class: "moment", cx: at, cy: 40, r: 5}));
     plot.addEventListener("pointermove", event => {
         const at = left + (event.offsetX * width / plot.clientWidth - 50) / (width - 65) * (right - left);
         const step = all.reduce((best, [s]) => Math.abs(s - at) < Math.abs(best - at) ? s : best, left);
-        build(pointer, {x1: x(step), x2: x(step), visibility: "visible"}, []);
+        pointer.setAttribute("d", `M${x(step)} 40V${height - 40}`);
         byId("reading").textContent = readLosses(step);
     });
     box.replaceChildren(plot);
 }
 
-// The losses of a step, as in "validation loss 2.048 at step 300".
+// Return the losses of a step, as in "validation loss 2.048 at step 300".
 function readLosses(step, names = CURVES) {
     const parts = Object.entries(names).flatMap(([key, name]) => {
-        const record = log.records.find(r => r.step === step && r[key] !== null);
+        const record = log.records.find(r => r.step === step && r[key] != null);
         return record ? [`${name} loss ${record[key].toFixed(3)}`] : [];
     });
-    return `${parts.join(", ")} at step ${step.toLocaleString("en")}`;
-}
-
-function drawSample() {
-    const slider = byId("moment"), all = samples();
-    const atEnd = slider.value === slider.max;  // stay there while training adds samples
-    slider.max = Math.max(0, all.length - 1);
-    if (atEnd) slider.value = slider.max;
-    byId("moments").hidden = byId("sample").hidden = !all.length;
-    const record = moment();
-    if (!record) return show("sample-about", "This run logs no samples; see train.py's sample_interval.");
-    const evaluated = log.records.findLast(r => r.val_loss !== null && r.step <= record.step);
-    const about = `Sample ${Number(slider.value) + 1} of ${all.length}, at step `
-        + `${record.step.toLocaleString("en")}, epoch ${Number(record.epoch.toPrecision(3))}`;
-    show("sample-about", about + (evaluated ? `; ${readLosses(evaluated.step, {val_loss: "validation"})}` : ""));
-    slider.setAttribute("aria-valuetext", byId("sample-about").textContent);
-    byId("sample").textContent = record.sample;
+    return `${parts.join(", ")} at step ${integer(step)}`;
 }
 
 function drawLearning() {
-    drawSample();
+    const slider = byId("moment"), all = samples(), atEnd = slider.value === slider.max;
+    slider.max = Math.max(0, all.length - 1);
+    if (atEnd) slider.value = slider.max;  // stay there while training adds samples
     drawLoss();
+    byId("moments").hidden = byId("sample").hidden = !all.length;
+    const record = moment();
+    if (!record) return show("sample-about", "This run logs no samples.");
+    const evaluated = log.records.findLast(r => r.val_loss != null && r.step <= record.step);
+    const loss = evaluated ? `; ${readLosses(evaluated.step, {val_loss: "validation"})}` : "";
+    show("sample-about", `Sample ${Number(slider.value) + 1} of ${all.length}, at step `
+        + `${integer(record.step)}, epoch ${short(record.epoch)}${loss}`);
+    slider.setAttribute("aria-valuetext", byId("sample-about").textContent);
+    byId("sample").textContent = record.sample;
 }
 
 async function refreshLog() {
@@ -457,13 +660,12 @@ async function refreshLog() {
         for await (const answer of ask("log", {run, version: log.version}, signal)) {
             log = answer;
             drawLearning();
-            const last = log.records.at(-1);
-            const losses = ["train_loss", "val_loss"].flatMap(key => {
-                const record = log.records.findLast(r => r[key] !== null);
-                return record ? [`, ${CURVES[key]} loss ${record[key].toFixed(3)}`] : [];
+            const last = log.records.at(-1), parts = ["train_loss", "val_loss"].flatMap(key => {
+                const record = log.records.findLast(r => r[key] != null);
+                return record ? [`${CURVES[key]} loss ${record[key].toFixed(3)}`] : [];
             });
-            show("figures", last ? `step ${last.step.toLocaleString("en")}, epoch `
-                + `${Number(last.epoch.toPrecision(3))}${losses.join("")}` : "no losses yet");
+            show("figures", last ? [`step ${integer(last.step)}`, `epoch ${short(last.epoch)}`, ...parts]
+                .join(", ") : "no losses yet");
         }
     } catch (error) {
         if (error.name === "AbortError") return;
@@ -474,57 +676,52 @@ async function refreshLog() {
 }
 
 // Runs and their checkpoints, which may come and go
-
-let known = "";
-
-function offer(runs, newest) {
+function offer(newest) {
     const found = Object.values(runs).flat(), select = byId("checkpoint"), before = select.value;
-    const empty = Object.keys(runs).filter(run => !runs[run].length);
-    const notice = `No checkpoint yet in ${empty.join(", ")}; it appears here when it exists.`;
-    show("notice", empty.length ? notice : "", empty.length > 0);
+    const empty = Object.keys(runs).filter(run => !runs[run].length).join(", ");
+    show("notice", empty && `No checkpoint yet in ${empty}; it appears here when it exists.`, true);
     // What is chosen stays chosen, also while training replaces its file.
     const paths = before && !found.includes(before) ? [before, ...found] : found;
     select.replaceChildren(...paths.map(path => html("option", {value: path}, path)));
     select.value = before || found[0] || "";
-    const fieldset = byId("compared");
-    const boxes = new Map(Array.from(fieldset.querySelectorAll("input"), box => [box.value, box.checked]));
-    const labels = Object.values(runs).flatMap(paths => {
-        const first = paths.some(path => boxes.get(path)) ? null : paths.find(path => !boxes.has(path));
-        return paths.map(path => {
-            const box = html("input", {type: "checkbox", value: path});
-            box.checked = boxes.get(path) ?? path === first;
-            return html("label", {}, box, ` ${path}`);
-        });
-    });
-    fieldset.replaceChildren(fieldset.querySelector("legend"), ...labels);
+    const fieldset = byId("compared"), compared = checked("compared");
+    const first = compared.length ? compared : Object.values(runs).map(paths => paths[0]);
+    fieldset.replaceChildren(fieldset.querySelector("legend"), ...found.map(path => {
+        const box = html("input", {type: "checkbox", value: path});
+        box.checked = first.includes(path);
+        return html("label", {}, box, ` ${path}`);
+    }));
+    byId("checkpoints").hidden = fieldset.hidden = paths.length === 1;  // nothing to choose
     if (!byId("run").options.length) {
         byId("run").append(...Object.keys(runs).map(run => html("option", {value: run}, run)));
         byId("run").value = newest;
+        byId("run").parentElement.hidden = byId("run").options.length === 1;
+        for (const box of byId("temperatures").querySelectorAll("input"))
+            box.checked ||= byId("run").options.length === 1;  // one run is compared with itself
     }
-    if (!before) writeText({start: byId("prompt").value || null});
+    if (!before && found.length) writeText();
 }
 
-let refreshing = false;
 async function refresh() {
-    if (refreshing) return;
-    refreshing = true;
     try {
-        for await (const {runs, newest} of ask("runs", {})) {
-            if (JSON.stringify(runs) !== known) offer(runs, newest);
-            known = JSON.stringify(runs);
+        for await (const answer of ask("runs", {})) {
+            const changed = JSON.stringify(answer.runs) !== JSON.stringify(runs);
+            runs = answer.runs;
+            if (changed) offer(answer.newest);
         }
         if (!byId("learning").hidden) await refreshLog();
     } catch (error) {
         report("notice", error);
-        known = "";
+        runs = {};
     }
-    refreshing = false;
+    if (!isFile) setTimeout(refresh, 1000);
 }
 
-// Draw what depends on the prompt and the checkpoint.
+// Draw what depends on the prompt, the checkpoint and the chosen token.
 function redraw() {
     if (!byId("tokens").hidden) drawTokens();
     if (!byId("attention").hidden) drawAttention();
+    if (!byId("inside").hidden) drawInside();
 }
 
 function openTab(name) {
@@ -535,31 +732,36 @@ function openTab(name) {
         byId(tab.getAttribute("aria-controls")).hidden = !open;
     }
     for (const control of document.querySelectorAll("[data-tabs]"))
-        control.hidden = !control.dataset.tabs.split(" ").includes(name);
+        control.classList.toggle("away", !control.dataset.tabs.split(" ").includes(name));
+    byId(name).querySelector(".sampling-place")?.append(byId("sampling"));
     redraw();
     if (name === "learning") refreshLog().then(drawLearning);
 }
 
 function connect() {
     const on = (id, event, action) => byId(id).addEventListener(event, action);
-    const over = value => { document.querySelector(`[name="over"][value="${value}"]`).checked = true; };
-    const writeAnd = action => () => {
-        over("text");
-        action();
-    };
-    const start = writeAnd(writeText);
-    on("controls", "submit", event => event.preventDefault());
-    on("write-start", "click", start);
-    on("write-next", "click", writeAnd(() => continueText(1)));
-    on("write-more", "click", writeAnd(continueText));
-    on("candidates", "click", async event => {
+    for (const id of ["controls", "sampling"]) on(id, "submit", event => event.preventDefault());
+    on("write-start", "click", () => writeText());
+    on("write-next", "click", () => continueText(1));
+    on("write-more", "click", () => continueText());
+    on("write-stop", "click", stopWriting);
+    on("write-back", "click", undo);
+    on("candidates", "click", event => {
         const id = event.target.closest("[data-id]")?.dataset.id;
         if (!id) return;
-        await writeText({kept: chosen, choice: Number(id), count: 1, start: written.prompt});
-        byId("candidates").querySelector("button")?.focus();  // the one that was clicked is gone
+        replaceToken(looked.candidates.find(c => c.id === Number(id)));
+        byId("write-back").focus({preventScroll: true});  // the button that was clicked is gone
     });
-    on("write-stop", "click", () => turns.write?.abort());
-    on("compare-start", "click", compareCheckpoints);
+    on("sampling", "input", drawSampling);
+    on("row-head", "change", drawRow);
+    on("way-head", "change", look);
+    for (const event of ["pointermove", "click"]) on("way", event, ({target, offsetX, offsetY}) => {
+        const column = Math.floor(offsetX / target.clientWidth * target.width);
+        const row = Math.floor(offsetY / target.clientHeight * target.height);
+        if (target.describe && column >= 0 && row >= 0 && column < target.width && row < target.height)
+            byId("cell").textContent = target.describe(column, row);
+    });
+    on("compare-start", "click", compareTexts);
     on("compare-stop", "click", () => turns.compare?.abort());
     on("text", "click", event => {
         const token = event.target.closest("[data-token]");
@@ -574,13 +776,14 @@ function connect() {
     on("prompt", "keydown", event => {
         if (event.key !== "Enter" || !event.shiftKey) return;
         event.preventDefault();
-        start();
+        writeText();
     });
     on("prompt", "input", () => {
-        over("prompt");  // the written text continues another prompt
+        typed = true;
+        mapOver("prompt");  // the written text continues another prompt
         redraw();
     });
-    on("checkpoint", "change", redraw);
+    on("checkpoint", "change", () => writeText());
     on("attention", "change", drawAttention);
     on("heads", "click", event => {
         const button = event.target.closest("[data-head]");
@@ -596,7 +799,6 @@ function connect() {
     on("moment", "input", drawLearning);
     on("run", "change", () => {
         log = NO_LOG;
-        drawLearning();
         refreshLog();
     });
     on("tabs", "click", event => event.target.id && openTab(event.target.id.replace("tab-", "")));
@@ -608,10 +810,13 @@ function connect() {
         next.click();
     });
     window.addEventListener("resize", drawLoss);
-    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawHeads);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);  // the canvases
+    byId("sampling").querySelector("details").open = isWide();
+    byId("project").textContent = PROJECT + (isFile
+        ? " made this page. The model is inside it and computes on your device." : "");
+    drawSampling();
     openTab("write");
     refresh();
-    setInterval(refresh, 1000);
 }
 
 connect();

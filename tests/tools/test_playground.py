@@ -1,4 +1,4 @@
-"""The playground without a browser: probabilities, attention, requests, and who may send them."""
+"""The playground without a browser: what it computes, its requests, and who may send them."""
 
 import http.client
 import json
@@ -9,6 +9,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from configurator import UserError
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import model as model_file
 import sample
 from sample import SampleConfig
 from support.checkpoint import Checkpoint, save_checkpoint
-from support.tokenizer import BPETokenizer, CharTokenizer
+from support.tokenizer import CharTokenizer
 from tools import playground
 from tools.playground import Checkpoints, Playground
 
@@ -48,6 +49,14 @@ def write_run(out_dir: str, step: int = 13) -> None:
     Path(out_dir, "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
+PAGE = (
+    ("/", b"<h1>"),
+    ("/playground.js", b"ask("),
+    ("/engine.js", b"GPT"),
+    ("/playground.css", b"{"),
+)
+
+
 @pytest.fixture
 def page(tmp_path, monkeypatch) -> Playground:
     """Return the playground of one run."""
@@ -56,45 +65,26 @@ def page(tmp_path, monkeypatch) -> Playground:
     return Playground(Checkpoints(["out/tiny"]))
 
 
-def to_write(checkpoint=CHECKPOINT, written=(), choice=None, **options) -> dict:
+def to_write(checkpoint=CHECKPOINT, written=(), **options) -> dict:
     """Return the fields of a request to write."""
-    fields = {"checkpoint": checkpoint, "options": OPTIONS | options}
-    return fields | {"written": list(written), "choice": choice}
+    return {"checkpoint": checkpoint, "options": OPTIONS | options, "written": list(written)}
 
 
 def ask_to_write(page: Playground, *args, **changed) -> list[dict]:
     return list(page.answer("write", to_write(*args, **changed)))
 
 
-def ask_for_attention(page: Playground, text: str, count=24) -> dict:
-    return next(page.answer("attention", {"checkpoint": CHECKPOINT, "text": text, "count": count}))
+def ask(page: Playground, action: str, text: str, **changed) -> dict:
+    fields = {"checkpoint": CHECKPOINT, "text": text, "written": [], "count": 24, "maps": True}
+    return next(page.answer(action, fields | {"masked": True, "layer": 0, "head": 0} | changed))
 
 
-def taken(token: dict) -> dict:
-    (candidate,) = [c for c in token["candidates"] if c["taken"]]
-    return candidate
+def ids_of(tokens: list[dict]) -> list[int]:
+    return [token["id"] for token in tokens]
 
 
-def label(i: int) -> str:
-    return playground.visible(TOKENIZER.decode_bytes([i]))
-
-
-@pytest.mark.parametrize(
-    "sampling", [{"temperature": 0.8}, {"top_k": 5}, {"temperature": 0.7, "top_p": 0.6}]
-)
-def test_the_second_probabilities_are_those_that_a_token_is_drawn_with(sampling, monkeypatch):
-    logits, given = torch.randn(40, generator=torch.Generator().manual_seed(4)) * 3, []
-    monkeypatch.setattr(
-        torch, "multinomial", lambda probs, *_, **__: given.append(probs) or torch.tensor([[0]])
-    )
-    model_file.sample_token(logits[None], **sampling)
-    before, after = playground.probabilities(logits, **sampling)
-    assert torch.equal(before, logits.softmax(-1)) and after.argmax() == before.argmax()
-    expected = (given[0][0] / given[0].sum()).sort(descending=True).values
-    assert torch.equal(after.sort(descending=True).values[: len(expected)], expected)
-    assert math.isclose(after.sum(), 1, rel_tol=1e-5)
-    after = playground.probabilities(torch.tensor([0.0, 2.0, 1.0]), temperature=0)[1]
-    assert after.tolist() == [0, 1, 0]
+def bytes_of(tokens: list[dict]) -> bytes:
+    return b"".join(token["bytes"].encode("latin-1") for token in tokens)
 
 
 @pytest.mark.parametrize("start", ["3 times 4 is 12.", "3 times 4 is 12.\n3 times"])
@@ -102,58 +92,49 @@ def test_the_second_probabilities_are_those_that_a_token_is_drawn_with(sampling,
 def test_the_text_is_the_one_that_sample_py_prints(page, options, start, capsys):
     options = {"start": start, "max_new_tokens": 40, **options}
     sample.main(SampleConfig(out_dir="out/tiny", dtype="float32", **options))
-    about, *written = ask_to_write(page, **options)
-    assert about["about"].startswith("step 13, validation loss 2.750 at step 12 (epoch 1.5)")
-    note = "; the prompt has 24 tokens and this model sees the last 16"
-    assert about["about"].endswith(note) == (len(start) > 16)
-    text = "".join(token["text"] for token in written)
-    assert f"{start}{text}\n" == capsys.readouterr().out
+    facts, *written = ask_to_write(page, **options)
+    assert (facts["step"], facts["prompt"], facts["count"]) == (13, start, len(start))
+    assert (facts["config"]["block_size"], facts["parameters"]) == (16, 7_136)
+    assert f"{start}{bytes_of(written).decode()}\n" == capsys.readouterr().out
 
 
-def test_each_token_has_its_candidates_and_the_most_likely_tokens_after_each_layer(page):
+def test_each_token_has_its_probability_and_a_look_at_it_shows_what_the_model_computed(page):
     _, *written = ask_to_write(page, temperature=1.5, top_p=0.9)
     model = page.checkpoints.load(CHECKPOINT).model
-    ids = TOKENIZER.encode("3 times") + [token["id"] for token in written]
+    ids = TOKENIZER.encode("3 times") + ids_of(written)
     for i, token in enumerate(written, start=len("3 times")):
+        seen = dict(written=ids[len("3 times") : i], id=ids[i], layer=1, head=1)
+        answer = ask(page, "look", "3 times", **seen)
         context = torch.tensor(ids[max(0, i - 16) : i])
+        assert ids_of(answer["context"]) == context.tolist()
         with torch.no_grad():
             x = model.transformer.wte(context) + model.transformer.wpe.weight[: len(context)]
             x = x[None]
-            for block, row in zip(model.transformer.h, token["lens"], strict=True):
-                x = block(x)
+            for block, row in zip(model.transformer.h, answer["lens"], strict=True):
+                values, x = x, block(x)
                 logits = model.lm_head(model.transformer.ln_f(x[0, -1]))
                 best = logits.softmax(-1).topk(3)
-                shown = [(c["label"], c["taken"]) for c in row]
-                assert shown == [(label(n), n == ids[i]) for n in best[1]]
+                assert ids_of(row) == best[1].tolist()
                 torch.testing.assert_close(torch.tensor([c["p"] for c in row]), best[0])
-        before, after = playground.probabilities(logits, temperature=1.5, top_p=0.9)
-        order = before.argsort(descending=True).tolist()
-        assert [c["id"] for c in token["candidates"]][:10] == order[:10]
-        assert taken(token)["label"] == playground.visible(token["text"].encode())
-        for c in token["candidates"]:
-            n = c["id"]
-            shown = (c["rank"], c["label"], c["taken"])
-            assert shown == (order.index(n) + 1, label(n), n == ids[i])
-            assert math.isclose(c["before"], before[n], rel_tol=1e-3)
-            assert math.isclose(c["after"], after[n], rel_tol=1e-3)
-    beyond = [token for token in written if len(token["candidates"]) == 11]
-    assert beyond and all(token["candidates"][10]["taken"] for token in beyond)
-
-
-def test_labels_show_characters_that_are_invisible():
-    shown = {b" the": "␣the", b"\n": "↵", b"\xe2\x80": r"\xe2\x80", b"\x07": r"\x07"}
-    assert {token: playground.visible(token) for token in shown} == shown
-
-
-def test_a_character_in_two_tokens_is_shown_when_it_is_complete():
-    tokenizer = BPETokenizer.train(["a"], 257)
-    shape = dict(vocab_size=257, block_size=8, n_layer=1, n_head=1, n_embd=4)
-    model = model_file.GPT(model_file.GPTConfig(**shape)).eval()
-    loaded = playground.Loaded(Path("x"), model, tokenizer, 0, "")
-    first, second = (tokenizer.tokens.index(token) for token in (b"\xc3", b"\xa9"))
-    options = SampleConfig(start="a", max_new_tokens=1)
-    assert next(playground.write(loaded, options, [], choice=first))["text"] == ""
-    assert next(playground.write(loaded, options, [first], choice=second))["text"] == "é"
+        ordered = logits.sort(descending=True)
+        close = dict(rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(answer["logits"]), ordered[0], **close)
+        order, candidates = ordered[1].tolist(), answer["candidates"]
+        assert ids_of(candidates)[:10] == order[:10] and ids[i] in ids_of(candidates)
+        assert [order.index(c["id"]) + 1 for c in candidates] == [c["rank"] for c in candidates]
+        assert math.isclose(token["p"], logits.softmax(-1)[ids[i]], rel_tol=1e-3)
+        assert len(answer["rows"]) == 2 and all(len(heads) == 2 for heads in answer["rows"])
+        for head in (head for heads in answer["rows"] for head in heads):
+            assert len(head) == len(context) and math.isclose(sum(head), 1, abs_tol=2e-3)
+        assert answer["rows"][1][1] == answer["values"]["weights"][-1]
+        numbers = {name: torch.tensor(x) for name, x in answer["values"].items()}
+        torch.testing.assert_close(numbers["input"], values[0, -8:], **close)
+        torch.testing.assert_close(numbers["output"], x[0, -8:], **close)
+        added = numbers["attention"] + numbers["mlp"]
+        torch.testing.assert_close(numbers["output"], numbers["input"] + added, rtol=0, atol=3e-4)
+        shapes = {"normed": 16, "q": 8, "k": 8, "v": 8, "hidden": 64}
+        assert {name: numbers[name].size(1) for name in shapes} == shapes
+    assert any(len(ask(page, "look", "3", id=n)["candidates"]) == 11 for n in range(18))
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0}])
@@ -161,40 +142,24 @@ def test_a_text_written_in_parts_is_the_text_written_at_once(page, options):
     _, *whole = ask_to_write(page, max_new_tokens=24, **options)
     parts = []
     for count in (1, 1, 1, 9, 1, 11):
-        ids = [token["id"] for token in parts]
-        parts += ask_to_write(page, written=ids, max_new_tokens=count, **options)[1:]
+        parts += ask_to_write(page, written=ids_of(parts), max_new_tokens=count, **options)[1:]
+    assert ids_of(parts) == ids_of(whole)
     for a, b in zip(parts, whole, strict=True):
-        for c, d in zip(a["candidates"], b["candidates"], strict=True):
-            assert (c["id"], c["taken"]) == (d["id"], d["taken"])
-            assert math.isclose(c["before"], d["before"], rel_tol=1e-4)
+        assert math.isclose(a["p"], b["p"], rel_tol=1e-4)
 
 
-def test_a_choice_is_put_into_the_text_and_the_model_goes_on_from_it(page):
-    _, *written = ask_to_write(page, max_new_tokens=20)
-    ids = [token["id"] for token in written]
-    other = next(c for c in written[6]["candidates"] if not c["taken"])
-    _, *new = ask_to_write(page, written=ids[:6], choice=other["id"], max_new_tokens=2)
-    assert (taken(new[0])["id"], taken(new[0])["rank"]) == (other["id"], other["rank"])
-    _, *same = ask_to_write(page, written=[*ids[:6], other["id"]], max_new_tokens=2)
-    assert [token["id"] for token in new[1:]] == [token["id"] for token in same]
-    for a, b in zip(new, [written[6], *same], strict=True):
-        for c, d in zip(a["candidates"][:10], b["candidates"][:10], strict=True):
-            assert c["id"] == d["id"] and math.isclose(c["before"], d["before"], rel_tol=1e-4)
-
-
-def test_each_token_of_a_prompt_has_its_probability(page):
+def test_each_token_of_a_text_has_its_loss(page):
     model, text = page.checkpoints.load(CHECKPOINT).model, "3 times 4 is 12.\n3"
-    (answer,) = page.answer("tokens", {"checkpoint": CHECKPOINT, "text": text})
     ids = TOKENIZER.encode(text)[:16]
-    assert [token["id"] for token in answer["tokens"]] == ids
-    assert "".join(token["label"] for token in answer["tokens"]) == "3␣times␣4␣is␣12."
-    with torch.no_grad():
-        p = model(torch.tensor([ids]))[0][0, :-1].softmax(-1)[range(15), ids[1:]]
-    assert [token["p"] for token in answer["tokens"]] == [None, *map(pytest.approx, p.tolist())]
-    assert math.isclose(answer["loss"], -p.log().mean(), rel_tol=1e-4)
-    assert (answer["count"], answer["characters"]) == (18, 18)
-    (answer,) = page.answer("tokens", {"checkpoint": CHECKPOINT, "text": "3"})
-    assert [token["p"] for token in answer["tokens"]] == [None] and answer["loss"] is None
+    for answer in (ask(page, "read", text), ask(page, "read", text[:9], written=ids[9:])):
+        assert ids_of(answer["tokens"]) == ids and bytes_of(answer["tokens"]) == text[:16].encode()
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0][0, :-1]
+        expected = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        torch.testing.assert_close(torch.tensor(answer["losses"]), expected)
+    assert ask(page, "read", text)["count"] == 18
+    answer = ask(page, "read", "3", maps=False)
+    assert answer["losses"] == answer["weights"] == []
 
 
 def unmasked_attention(q, k, v, dropout=0.0):
@@ -204,35 +169,32 @@ def unmasked_attention(q, k, v, dropout=0.0):
 def test_the_maps_have_the_attention_and_the_loss_with_and_without_the_mask(page, monkeypatch):
     model, before = page.checkpoints.load(CHECKPOINT).model, model_file.attention
     x = torch.tensor([TOKENIZER.encode("3 times")])
-    assert len(ask_for_attention(page, "3 times", count=4)["labels"]) == 4
-    answer = ask_for_attention(page, "3 times")
-    assert "".join(answer["labels"]) == "3␣times" and answer["count"] == 7
-    assert model_file.attention is before
-    for map_, masked, attention in zip(
-        answer["maps"], (True, False), (before, unmasked_attention), strict=True
-    ):
-        layers, loss = playground.attention_weights(model, x, masked)
-        weights = torch.tensor(map_["weights"]) / 10_000
-        torch.testing.assert_close(weights, torch.stack(layers), rtol=0, atol=6e-5)
+    assert len(ask(page, "read", "3 times", count=4)["tokens"]) == 4
+    for masked, attention in ((True, before), (False, unmasked_attention)):
+        answer = ask(page, "read", "3 times", masked=masked)
+        weights = torch.tensor(answer["weights"])
+        layers, _ = playground.observe(model, x, masked)
+        exact = torch.stack([layer["weights"] for layer in layers])
+        torch.testing.assert_close(weights, exact, rtol=0, atol=6e-5)
         assert weights.shape == (2, 2, 7, 7) and bool(weights.triu(1).any()) is not masked
-        torch.testing.assert_close(torch.stack(layers).sum(-1), torch.ones(2, 2, 7))
+        torch.testing.assert_close(exact.sum(-1), torch.ones(2, 2, 7))
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(model_file, "attention", attention)
-            expected = F.cross_entropy(model(x)[0][0, :-1], x[0, 1:])
-        assert math.isclose(loss, expected, rel_tol=1e-5) and map_["loss"] == loss
-    monkeypatch.setattr(playground, "LARGEST_MAPS", 2 * 2 * 2 * 5 * 5 + 1)
-    assert len(ask_for_attention(page, "3 times")["labels"]) == 5  # many heads: fewer tokens
+            logits = model(x)[0][0, :-1]
+        expected = F.cross_entropy(logits, x[0, 1:], reduction="none")
+        torch.testing.assert_close(torch.tensor(answer["losses"]), expected)
     monkeypatch.setattr(model, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        playground.attention_weights(model, x, masked=False)
+        playground.observe(model, x, masked=False)
     assert model_file.attention is before
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_text_stays_the_same_while_another_thread_looks_at_attention(page):
     alone = ask_to_write(page)
     model, x = page.checkpoints.load(CHECKPOINT).model, torch.zeros(1, 16, dtype=torch.int64)
     with ThreadPoolExecutor(1) as pool:
-        looks = [pool.submit(playground.attention_weights, model, x, False) for _ in range(300)]
+        looks = [pool.submit(playground.observe, model, x, False) for _ in range(300)]
         assert ask_to_write(page) == alone and len(alone) == 41
         assert looks[0].done() and not looks[-1].done()
 
@@ -245,13 +207,14 @@ def test_a_text_stays_the_same_while_another_thread_looks_at_attention(page):
         ("write", {"options": {**OPTIONS, "top_p": 0}}, "top_p"),
         ("write", {"written": [TOKENIZER.vocab_size]}, "the request does not have the fields"),
         ("write", {"written": [1.5]}, "the request does not have the fields"),
-        ("write", {"choice": -1}, "the request does not have the fields"),
+        ("write", {"written": None}, "the request does not have the fields"),
         ("write", {"checkpoint": ""}, "no checkpoint yet: choose a checkpoint of a run"),
         ("write", {"checkpoint": "out/other/ckpt.pt"}, "choose a checkpoint of a run"),
         ("write", {"checkpoint": "out/tiny/../tiny/ckpt.pt"}, "choose a checkpoint of a run"),
-        ("tokens", {"text": ""}, "the prompt is empty"),
-        ("attention", {"text": "3"}, "1 of 1 tokens are shown, but attention needs 2"),
-        ("attention", {"text": "3 times", "count": -5}, "0 of 7 tokens are shown"),
+        ("read", {"text": ""}, "the prompt is empty"),
+        ("look", {"text": ""}, "the prompt is empty"),
+        ("look", {"id": 18}, "the request does not have the fields"),
+        ("look", {"layer": 2}, "the request does not have the fields"),
         ("log", {"run": "out/other"}, "not a run of this page"),
         ("log", {"run": "out/none"}, "log.jsonl: no such file"),
         ("log", {}, "the request does not have the fields"),
@@ -260,14 +223,14 @@ def test_a_text_stays_the_same_while_another_thread_looks_at_attention(page):
 def test_a_mistake_is_a_sentence_and_the_next_request_works(page, action, changed, words):
     shutil.copytree("out/tiny", "out/other")
     page.checkpoints.runs["out/none"] = []
-    fields = {**to_write(), "count": 24, "version": 0} | changed
+    fields = {**to_write(), "text": "3", "id": 0, "layer": 0, "head": 0, "version": 0} | changed
     *_, answer = page.answer(action, fields)
     assert words in answer["error"] and len(ask_to_write(page)) == 41
 
 
 def test_running_out_of_memory_is_a_sentence(page, monkeypatch):
     monkeypatch.setattr(torch, "stack", lambda _: torch.empty(1 << 55))
-    assert "out of memory" in ask_for_attention(page, "3 times")["error"]
+    assert "out of memory" in ask(page, "look", "3 times", id=0)["error"]
 
 
 def test_a_run_is_offered_as_soon_as_it_has_a_checkpoint(page):
@@ -297,16 +260,14 @@ def test_a_checkpoint_is_read_once_and_again_when_training_replaced_it(page):
     assert load(CHECKPOINT) is load(CHECKPOINT) and load(CHECKPOINT).step == 13
     write_run("out/tiny", step=18)
     assert load(CHECKPOINT).step == 18
-    Path("out/tiny/log.jsonl").unlink()
-    assert ask_to_write(page)[0]["about"] == "step 18, no validation loss in its log"
 
 
 def test_the_log_is_answered_when_it_changed_without_a_half_written_line(page):
     (answer,) = page.answer("log", {"run": "out/tiny", "version": None})
     records = answer["records"]
     assert [r["step"] for r in records] == [*range(1, 13), 12, 12, 20]
-    assert list(records[-3].values()) == [12, 1.5, None, 2.5, 2.75, None]
-    assert list(records[-2].values()) == [12, 1.5, None, None, None, "4 times"]
+    assert (records[-3]["train_loss"], records[-3]["val_loss"]) == (2.5, 2.75)
+    assert records[-2]["sample"] == "4 times"
     version = {"run": "out/tiny", "version": json.loads(json.dumps(answer["version"]))}
     assert list(page.answer("log", version)) == []
     log = Path("out/tiny/log.jsonl")
@@ -317,14 +278,20 @@ def test_the_log_is_answered_when_it_changed_without_a_half_written_line(page):
     assert [r["step"] for r in longer["records"][len(records) :]] == [21]
 
 
-@pytest.fixture
-def port(page):
-    with playground.Server(page, 0) as server:
+@contextmanager
+def serve(page: Playground, host: str = "127.0.0.1"):
+    with playground.Server(page, 0, host) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield server.server_address[1]
+        yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def port(page):
+    with serve(page) as server:
+        yield server.server_address[1]
 
 
 def send(port: int, method: str, path: str, body=None, **headers: str) -> tuple:
@@ -339,7 +306,7 @@ def send(port: int, method: str, path: str, body=None, **headers: str) -> tuple:
 
 
 def test_the_page_and_its_requests_are_answered(port):
-    for path, words in (("/", b"<h1>"), ("/playground.js", b"ask("), ("/playground.css", b"{")):
+    for path, words in PAGE:
         status, headers, body = send(port, "GET", path)
         assert status == 200 and words in body
         assert "default-src 'self'" in headers["Content-Security-Policy"]
@@ -348,20 +315,31 @@ def test_the_page_and_its_requests_are_answered(port):
     assert "Access-Control-Allow-Origin" not in headers
 
 
+@pytest.mark.parametrize("name", ["127.0.0.1", "My-PC.local"])
 @pytest.mark.parametrize("request_", [("GET", "/"), ("POST", "/runs", b"{}")])
-def test_only_127_0_0_1_and_localhost_and_pages_of_this_server_are_answered(port, request_):
-    own = f"http://127.0.0.1:{port}"
-    for host in ("127.0.0.1", f"127.0.0.1:{port}", "localhost", "localhost:80"):
-        assert send(port, *request_, Host=host)[0] == 200
-    assert send(port, *request_, Origin=own)[0] == 200
-    hosts = ("", "example.com", f"example.com:{port}", "127.0.0.1.example.com", "localhost:")
-    hosts += ("localhost@example.com", "127.0.0.1:80:80", "evil-localhost")
-    origins = ("http://example.com", "null", "http://127.0.0.1", f"{own}0", f"https{own[4:]}")
-    refused = [{"Host": host} for host in hosts] + [{"Origin": origin} for origin in origins]
-    for headers in refused:
-        status, answered, body = send(port, *request_, **headers)
-        assert status == 403 and b"out/tiny" not in body, headers
-        assert "Access-Control-Allow-Origin" not in answered
+def test_only_the_names_of_this_server_and_its_own_pages_are_answered(page, request_, name):
+    with serve(page, name) as server:
+        port = server.server_address[1]
+        own = f"http://127.0.0.1:{port}"
+        assert (server.server_address[0] == "127.0.0.1") == (name == "127.0.0.1")
+        for host in ("127.0.0.1", f"127.0.0.1:{port}", "localhost", "localhost:80"):
+            assert send(port, *request_, Host=host)[0] == 200
+        assert send(port, *request_, Origin=own)[0] == 200
+        hosts = ["", "example.com", f"example.com:{port}", "127.0.0.1.example.com", "localhost:"]
+        hosts += ["localhost@example.com", "127.0.0.1:80:80", "evil-localhost", "evil-my-pc.local"]
+        origins = ("http://example.com", "null", "http://127.0.0.1", f"{own}0", f"https{own[4:]}")
+        refused = [{"Host": host} for host in hosts] + [{"Origin": origin} for origin in origins]
+        other = {"Host": f"my-pc.local:{port}"}  # as a browser sends it
+        if name == "127.0.0.1":
+            refused.append(other)
+        else:
+            refused.append(other | {"Origin": own})
+            assert send(port, *request_, **other)[0] == 200
+            assert send(port, *request_, **other, Origin=f"http://my-pc.local:{port}")[0] == 200
+        for headers in refused:
+            status, answered, body = send(port, *request_, **headers)
+            assert status == 403 and b"out/tiny" not in body, headers
+            assert "Access-Control-Allow-Origin" not in answered
 
 
 @pytest.mark.parametrize(
@@ -391,7 +369,7 @@ def test_a_body_that_is_not_an_object_gets_a_sentence(port, body, capsys):
 
 def test_a_text_ends_when_the_page_closes_the_connection(port, capsys, monkeypatch):
     ended = threading.Event()
-    monkeypatch.setattr(playground, "write", lambda *_: repeat({"text": "a" * 1000}))
+    monkeypatch.setattr(Playground, "write", lambda *_: repeat({"text": "a" * 1000}))
     monkeypatch.setattr(playground.Server, "shutdown_request", lambda *_: ended.set())
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request("POST", "/write", json.dumps(to_write()).encode())

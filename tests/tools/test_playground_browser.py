@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 import prepare_shakespeare
+from tools import playground
 
 ROOT = Path(prepare_shakespeare.__file__).parent
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"  # finds what makes a page hard to use
@@ -63,7 +64,7 @@ def served(out_dirs: list[str]):
 
 @contextmanager
 def chromium():
-    expect.set_options(timeout=20_000)
+    expect.set_options(timeout=60_000)
     path = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     assert path, "there is no chromium on the PATH; on Debian: apt-get install chromium"
     with sync_playwright() as playwright:
@@ -76,7 +77,8 @@ def chromium():
 @contextmanager
 def opened(browser, url: str, width: int = 1280, height: int = 900, scheme: str = "light"):
     """Yield the page in a window of this size; afterwards check hosts, errors and hacks."""
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    size, offline = {"width": width, "height": height}, url.startswith("file:")
+    context = browser.new_context(viewport=size, color_scheme=scheme, offline=offline)
     hosts, errors = [], []
     context.on("request", lambda request: hosts.append(urlsplit(request.url).hostname))
     page = context.new_page()
@@ -85,11 +87,21 @@ def opened(browser, url: str, width: int = 1280, height: int = 900, scheme: str 
     page.goto(url)
     yield page
     assert page.evaluate("window.hacked") is None
-    assert set(hosts) - {None} == {"127.0.0.1"} and errors == []  # None: data: addresses
+    assert (
+        set(hosts) <= {urlsplit(url).hostname, None} and errors == []
+    )  # None: data:, blob:, file:
     context.close()
 
 
+def write_file(**options) -> str:
+    """Write a run as one file, and return its address."""
+    config = playground.PlaygroundConfig(device="cpu", **options)
+    playground.main(config)
+    return Path(config.to).resolve().as_uri()
+
+
 def start_text(page, **options) -> None:
+    page.locator("#sampling details").evaluate("details => { details.open = true; }")
     for name, value in options.items():
         page.locator(f"#{name}").fill(str(value))
     page.locator("#write-start").click()
@@ -116,21 +128,33 @@ def is_visible(page, selector: str) -> bool:
 def try_write(page) -> None:
     token, about = page.locator("#text .token"), page.locator("#about")
     chosen, candidates = page.locator("#choice"), page.locator("#candidates tr")
+    narrow = page.viewport_size["width"] < 500
+    assert page.locator("#seed").is_visible() != narrow  # on a phone the text comes first
     expect(token).to_have_count(300)
     expect(chosen).to_contain_text("Token 1 is ")
-    expect(about).to_contain_text("step 12, validation loss 2.")
+    size = r"parameters: 2 layers, 4 heads, 128 wide, context 128, .* step 12, validation loss 2\."
+    expect(page.locator("#model-about")).to_contain_text(re.compile(size))
     token.nth(6).click()
     expect(chosen).to_contain_text("Token 7 is ")
+    expect(page.locator("#row span")).to_have_count(len("3 times") + 6)
+    label = chosen.locator("b").inner_text()
+    expect(page.locator("#candidates .taken button")).to_have_text(label)
+    expect(page.locator("#candidates button").last).to_be_in_viewport()
     assert candidates.count() in (10, 11) and page.locator("#candidates .taken").count() == 1
     shades = "all => new Set(all.map(token => getComputedStyle(token).backgroundColor)).size"
     assert token.evaluate_all(shades) > 3
     lens, best = page.locator("#lens tr"), candidates.first.locator("button").inner_text()
     assert lens.count() == 2 and lens.last.inner_text().split()[:2] == ["2", *best.split()]
+    seen = page.locator("#row span")
+    together = seen.evaluate_all("all => all.map(span => span.title)")
+    page.locator("#row-head").select_option("layer 2, head 3")
+    assert seen.evaluate_all("all => all.map(span => span.title)") != together
+    assert seen.evaluate_all(shades) > 2
+    try_sampling(page)
     start_text(page)  # while the page shows 300 tokens
     start_text(page, temperature=0, max_new_tokens=30)  # the other text may still be growing
     expect(token).to_have_count(30)
     token.nth(3).click()
-    expect(page.locator("#settings")).to_have_text("temperature 0")
     expect(page.locator("#candidates .taken")).to_contain_text("100.0%")
     prompt = page.locator("#prompt")
     for mistake, words in (("", "the prompt is empty"), ("Zeus", "character 'Z' at position 0")):
@@ -142,13 +166,36 @@ def try_write(page) -> None:
         expect(page.locator("#candidates")).to_be_hidden()
     prompt.fill("3 times 4 is 12.\n" * 10)
     start_text(page, max_new_tokens=20)
-    expect(about).to_contain_text("the prompt has 170 tokens and this model sees the last 128")
+    expect(about).to_have_text("The prompt has 170 tokens, and this model sees the last 128.")
     prompt.fill("3 times 4")
     start_text(page)
-    expect(about).not_to_contain_text("prompt")
+    expect(about).to_have_text("")
     expect(token).to_have_count(20)
     expect(page.locator("#text .prompt")).to_have_text("3 times 4")
     try_next_token(page)
+
+
+def try_sampling(page) -> None:
+    """The temperature moves the candidates at once; a wrong number is explained by its label."""
+    says, drawn = (page.locator(f"#candidates tr > :nth-child({n})") for n in (3, 4))
+    before = says.all_inner_texts()
+    page.locator("#temperature").fill("1")
+    assert drawn.all_inner_texts() == says.all_inner_texts() == before
+    for _ in range(20):
+        page.locator("#temperature").press("ArrowRight")
+    expect(page.locator("#temperature-now")).to_have_text("2")
+    shares = [float(column.first.inner_text().strip("%")) for column in (drawn, says)]
+    assert shares[0] < shares[1] and says.all_inner_texts() == before
+    top_k, about = page.locator("#top_k"), page.locator("#about")
+    page.locator("#sampling details").evaluate("details => { details.open = true; }")
+    top_k.fill("1")
+    assert drawn.all_inner_texts()[:2] == ["100.0%", "0%"]
+    top_k.fill("")
+    for _ in range(2):
+        expect(about).to_have_text("Top-k (0: all): write a number from 0 to 65,536.")
+        page.locator("#write-start").click()
+    top_k.fill("0")
+    expect(about).to_have_text("")
 
 
 def try_next_token(page) -> None:
@@ -157,18 +204,25 @@ def try_next_token(page) -> None:
     expect(token).to_have_count(21)
     expect(chosen).to_contain_text("Token 21 is ")
     token.nth(4).click()
+    expect(page.locator("#row span")).to_have_count(len("3 times 4") + 4)
+    before = page.locator("#text").inner_text()
+    expect(page.locator("#write-back")).to_be_hidden()
     other = page.locator("#candidates tr:not(.taken) button").nth(1)
     label = other.inner_text()
     other.click()
-    expect(token).to_have_count(6)  # the four before, the candidate, and the token after it
-    expect(chosen).to_contain_text("Token 6 is ")
+    expect(token).to_have_count(21)  # as long as before
+    expect(chosen).to_contain_text("Token 5 is ")
+    expect(page.locator("#candidates .taken button")).to_have_text(label)
     shown = {" ": "␣", "\n": "↵", "↵\n": "↵"}
     assert shown.get(text := token.nth(4).text_content(), text) == label
-    page.keyboard.press("Enter")  # the keyboard goes on choosing the most likely
-    expect(token).to_have_count(7)
-    expect(page.locator("#candidates button").first).to_be_focused()
+    assert page.locator("#text").inner_text() != before
+    expect(page.locator("#write-back")).to_be_focused()
+    page.keyboard.press("Enter")
+    assert page.locator("#text").inner_text() == before
+    expect(chosen).to_contain_text("Token 5 is ")
+    expect(page.locator("#write-back")).to_be_hidden()
     page.locator("#write-more").click()
-    expect(token).to_have_count(27)
+    expect(token).to_have_count(41)
     page.locator("#prompt").fill("3 times")  # another prompt begins another text
     page.locator("#write-next").click()
     expect(token).to_have_count(1)
@@ -199,8 +253,8 @@ def try_attention(page) -> None:
     expect(verdict).to_contain_text("with the text has 29 tokens; the maps show the first 24.")
     expect(maps.first.locator("rect")).to_have_count(24 * 25 // 2)
     assert [svg.locator("rect.future").count() for svg in maps.all()] == [0, 24 * 23 / 2]
-    judge = "loss => verdict({maps: [{loss: 2}, {loss}], labels: [], count: 2}, 'It')"
-    assert "was trained without the mask: it copies" in page.evaluate(judge, 0.9)
+    judge = "loss => verdict([2, loss])"
+    assert "was trained without the mask. It copies" in page.evaluate(judge, 0.9)
     assert "impossibly good" not in page.evaluate(judge, 1.1)
     heads, title = page.locator("#heads button"), page.locator("#maps b").first
     assert heads.count() == 8
@@ -221,14 +275,42 @@ def try_attention(page) -> None:
     expect(title).to_have_text("Layer 1, head 2, with the mask")
     page.locator("#prompt").fill("3 times 4")
     expect(verdict).to_contain_text("The prompt alone has 9 tokens.")
+    over.get_by_label("prompt and text").check()
+    page.locator("#count").fill("64")
+    page.locator("#count").press("Enter")
+    expect(maps.first.locator("rect")).to_have_count(29 * 30 // 2)
+    for svg in maps.all():  # the whole map is in sight
+        assert svg.evaluate("svg => svg.parentElement.scrollWidth <= svg.parentElement.clientWidth")
+    page.locator("#count").fill("99")
+    page.locator("#count").press("Enter")
+    expect(verdict).to_have_text("Tokens, at most: write a number from 2 to 64.")
+
+
+def try_inside(page) -> None:
+    steps = page.locator("#way li")
+    expect(page.locator("#inside-message")).to_contain_text("before token 1 of the text")
+    expect(steps).to_have_count(8)
+    expect(steps.first).to_contain_text("is token id")
+    assert page.locator("#way canvas").count() == 10
+    shapes = page.locator("#way canvas").evaluate_all("all => all.map(c => [c.width, c.height])")
+    assert shapes == [[n, 8] for n in (128, 128, 32, 32, 32, 8, 128, 512, 128, 128)]
+    page.locator("#way canvas").nth(2).click()
+    expect(page.locator("#cell")).to_have_text(
+        re.compile(r"Query, key, value, “.”, number 17 of 32: -?\d\.\d{4}")
+    )
+    numbers = page.locator("#way p").all_inner_texts()
+    page.locator("#way-head").select_option("layer 2, head 3")
+    expect(steps.first).to_contain_text("Output of layer 1")
+    assert page.locator("#way p").all_inner_texts() != numbers
+    expect(steps.last).to_contain_text("%")
 
 
 def try_compare(page) -> None:
     boxes, cards = page.locator("#compared input"), page.locator("#cards article")
     assert [box.is_checked() for box in boxes.all()] == [True, False, True, False]
     page.locator("#compare-start").click()
-    expect(page.locator("#compare-message")).to_have_text("with temperature 0")
     expect(cards).to_have_count(2)
+    expect(cards.first).to_contain_text("out/one/ckpt.pt, temperature 0")
     expect(cards.nth(1).locator(".token")).to_have_count(20)
     expect(cards.nth(1)).to_contain_text("step 12, validation loss 2.")
     first, second = (cards.nth(i).bounding_box() for i in (0, 1))
@@ -271,7 +353,7 @@ def try_learning(page) -> None:
         expect(figures).to_contain_text("validation loss 2.048")
     expect(about).to_contain_text(f"Sample {samples + 1} of {samples + 1}, at step {step:,}")
     expect(page.locator("#sample")).to_have_text("4 times")
-    page.mouse.move(box["x"] + box["width"] - 8, box["y"] + 100)
+    page.locator("#curve svg").hover(position={"x": box["width"] - 8, "y": 100})
     expect(page.locator("#reading")).to_have_text(f"batch loss 1.235 at step {step + 1:,}")
 
 
@@ -284,11 +366,35 @@ def runs(tiny_run) -> list[str]:
     return [str(one), str(tiny_run(out_dir="out/two", seed=2))]
 
 
-def test_every_tab_works_wide_and_narrow_light_and_dark(runs):
+def try_compare_alone(page) -> None:
+    """One checkpoint is compared with itself, at three temperatures."""
+    cards = page.locator("#cards article")
+    expect(page.locator("#compared")).to_be_hidden()
+    page.locator("#temperature").fill("0.8")
+    page.locator("#compare-start").click()
+    expect(cards).to_have_count(3)
+    for card, temperature in zip(cards.all(), ("0.8", "0", "1.5"), strict=True):
+        expect(card).to_contain_text(f"sent, temperature {temperature}")
+        expect(card.locator(".token")).to_have_count(20)
+    assert len({card.locator(".text").inner_text() for card in cards.all()}) == 3
+
+
+def try_learning_alone(page) -> None:
+    expect(page.locator("#curve polyline")).to_have_count(3)
+    expect(page.locator("#figures")).to_contain_text("step 12, epoch")
+    page.locator("#moment").press("Home")
+    expect(page.locator("#sample")).to_contain_text("3 times")
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["served", "sent"])
+def test_every_tab_works_wide_and_narrow_light_and_dark(runs, sent):
     assert AXE.exists(), "axe-core is missing: npm install --no-save --prefix . axe-core@4"
     tabs = {"Write": try_write, "Tokens": try_tokens, "Attention": try_attention}
-    tabs |= {"Compare": try_compare, "Learning": try_learning}
-    with served(runs) as url, chromium() as browser:
+    tabs |= {"Inside": try_inside, "Compare": try_compare, "Learning": try_learning}
+    if sent:
+        tabs |= {"Compare": try_compare_alone, "Learning": try_learning_alone}
+    source = nullcontext(write_file(out_dir=runs[0], to="sent.html")) if sent else served(runs)
+    with source as url, chromium() as browser:
         for width, scheme in ((1280, "light"), (390, "dark")):
             with opened(browser, url, width, scheme=scheme) as page:
                 for name, try_tab in tabs.items():
@@ -356,7 +462,9 @@ def test_hostile_text_is_shown_as_text(tiny_run, tmp_path):
         start_text(page)
         expect(page.locator("#about")).to_contain_text(f"{run}/ckpt.pt: no such checkpoint")
         bold = "p > b, td > b, figcaption > b"
-        added = f"img, main svg[onload], body script, b:not({bold}), [onclick], [onerror]"
+        added = (
+            f"img, main svg[onload], body script:not([src]), b:not({bold}), [onclick], [onerror]"
+        )
         assert page.locator(added).count() == 0
 
 
@@ -396,6 +504,26 @@ def test_runs_that_come_go_and_change_while_they_are_shown(runs):
         shutil.rmtree("out/later")
         start_text(page)
         expect(about).to_contain_text("no such checkpoint")
+
+
+def test_the_page_while_the_model_loads_and_after_another_checkpoint_was_chosen(runs):
+    with served(runs) as url, chromium() as browser, opened(browser, f"{url}/engine.js") as page:
+        page.route("**/write", lambda route: (page.wait_for_timeout(700), route.continue_()))
+        page.goto(url)
+        expect(page.locator("#about")).to_have_text("loading the model ...")
+        page.locator("#write-start").click()  # the prompt is not there yet
+        page.get_by_role("tab", name="Tokens").click()
+        expect(page.locator("#tokens-message")).to_have_text("loading the model ...")
+        expect(page.locator("#pieces li")).to_have_count(len("3 times"))
+        assert page.locator("#prompt").input_value() == "3 times"
+        page.get_by_role("tab", name="Write").click()
+        about = page.locator("#model-about")
+        expect(about).to_contain_text("out/one/ckpt.pt: ")
+        page.locator("#checkpoint").select_option("out/two/ckpt.pt")
+        expect(page.locator("#text")).to_have_text("")
+        expect(about).to_contain_text("out/two/ckpt.pt: ")
+        expect(about).to_contain_text("16 wide")
+        expect(page.locator("#text .prompt")).to_have_text(page.locator("#prompt").input_value())
 
 
 def draw() -> None:
