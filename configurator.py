@@ -106,10 +106,12 @@ def read_options(cls: type, argv: list[str]):
             continue
         name, equals, text = arg.removeprefix("--").partition("=")
         kinds = accepted.get(name, [bool])
-        if not equals and (bool not in kinds or arguments[:1] in (["True"], ["False"])):
-            if not arguments or arguments[0].startswith("--"):
-                raise UserError(f"{arg} needs a value, as in --{name}={values[name]!r}")
-            equals, text = "=", arguments.pop(0)  # --top_k 5
+        value = "".join(arguments[:1])  # as in --top_k 5; behind a flag there may be a config file
+        is_value = value and not value.startswith("--") and not value.endswith(".py")
+        if not equals and is_value:
+            equals, text = "=", arguments.pop(0)
+        if not equals and bool not in kinds:
+            raise UserError(f"{arg} needs a value, as in --{name}={values[name]!r}")
         values[name] = check(name, parse(text, kinds) if equals else True, accepted, arg)
     return cls(**values)
 
@@ -118,11 +120,17 @@ def read_config_file(path: str, values: dict, accepted: dict) -> dict:
     """Run the config file at `path`, which sees `values`, and return its assignments."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file; options begin with --")
+    if Path(path).suffix != ".py":
+        raise UserError(
+            f"{path}: a config file is Python, as n_layer = 4, and its name ends in .py"
+        )
     namespace = {**values, "__name__": "config", "__file__": path}
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
     except (Exception, SystemExit) as error:
         raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
+    if names := namespace.get("__annotations__"):
+        raise UserError(f"{path}: write {next(iter(names))} = ... instead of a colon")
     return {
         name: check(name, value, accepted, path)
         for name, value in namespace.items()

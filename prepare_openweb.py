@@ -24,7 +24,7 @@ from typing import Literal
 from support import corpus
 from support.data import find_tokenizer, open_dataset
 from support.download import download, hub_url
-from support.files import clean, lock_path
+from support.files import lock_path
 from support.formats import FORMATS, files_below, format_of, read_documents
 from support.tokenizer import PIECES, BPETokenizer, from_dict
 
@@ -90,12 +90,15 @@ def main(config: PrepareConfig) -> None:
         if not progress.complete:
             writer = corpus.Writer(folder, progress, parse_size(config.size), config.num_threads)
         for number, (path, url) in enumerate(shards.items()):
-            if number >= progress.shards and not progress.complete:
+            is_enough = progress.complete or progress.text_bytes >= parse_size(config.size)
+            if number >= progress.shards and not is_enough:
                 if url:
                     download(url, path)
-                writer.add_shard(path, tokenizer, last=number == len(shards) - 1)
+                writer.add_shard(path, tokenizer)
             if url and not config.keep_shards and number < progress.shards:
                 path.unlink(missing_ok=True)
+        if not progress.complete:
+            writer.complete(tokenizer)
         corpus.finish(folder, progress, tokenizer)
     train, val = (progress.lengths[name] // 2 for name in ("train.bin", "val.bin"))
     kinds = f"{tokenizer.vocab_size:,}, {progress.text_bytes / (train + val):.2f} bytes each"
@@ -113,16 +116,18 @@ def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
         shards = {Path("data/cache", config.source, Path(url).name): url for url in urls}
         return shards, {"source": files.rpartition("/")[0]} | options
     paths = []
-    names = [config.input] if os.path.exists(config.input) else config.input.split(",")
+    names = (
+        [config.input] if os.path.exists(config.input) else map(str.strip, config.input.split(","))
+    )
     for path in map(Path, [*filter(None, names)] or [config.input]):
-        files = [path] if path.is_file() else files_below(path)
-        found = [file for file in files if format_of(file)]
+        files = files_below(path) if path.is_dir() else [path]
+        found = [file for file in files if format_of(file) and file.exists()]
         if not found:
             formats = f"this script reads {', '.join(FORMATS)}, also .gz, .bz2 and .zst"
             what = f"input={path}: no such file, or of another format; {formats}"
             raise UserError(f"{what}; convert others with pandoc or pdftotext, and unpack archives")
         if others := [file.name for file in files if file not in found]:
-            print(f"{path}: left out, of other formats: {', '.join(others)[:200]}")
+            print(f"{path}: left out, of other formats or broken links: {', '.join(others)[:200]}")
         paths += found
     inputs = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in dict.fromkeys(paths)]
     options = {"files": [name for name, *_ in inputs]} | options | {"inputs": inputs}
@@ -158,8 +163,7 @@ def training_sample(config: PrepareConfig, shards: dict[Path, str]) -> Iterator[
     for path, url in shards.items():
         if url:
             download(url, path)
-        for document in read_documents(path, config.column, Counter()):
-            text = clean(document)
+        for text in read_documents(path, config.column, Counter()):
             _, for_val = corpus.hash_document(text.encode(), config.val_fraction)
             keep = len(text) >= config.min_chars and not for_val
             for piece in PIECES.findall(text) if keep else []:

@@ -112,6 +112,8 @@ class TrainConfig:
             raise UserError(f"{rates}; lower it, or set decay_lr=False")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if not self.out_dir:
+            raise UserError("out_dir is empty; name a folder, as in --out_dir=out/mine")
         if self.sample_interval and not self.sample_start:
             raise UserError("sample_start is empty; give a prompt, as in --sample_start=A")
 

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from support.data import TOKEN, write_meta
-from support.files import atomic_write, clean, progress_bar, replace
+from support.files import atomic_write, progress_bar, replace
 from support.formats import read_documents
 from support.tokenizer import BPETokenizer
 
@@ -96,7 +96,7 @@ class Writer:
         self.seen = set(np.fromfile(folder / "seen.part", dtype="<u8").tolist())
         self.save()
 
-    def add_shard(self, path: Path, tokenizer: BPETokenizer, last: bool) -> None:
+    def add_shard(self, path: Path, tokenizer: BPETokenizer) -> None:
         """Append a file's documents, tokenized, up to `limit`. Saves if SAVE_BYTES are new."""
         progress, waiting = self.progress, deque()  # of documents, in order
         bar = progress_bar(self.limit, progress.text_bytes)
@@ -114,11 +114,8 @@ class Writer:
             for file, ids in waiting:
                 file.write(ids.result())
         progress.shards += 1
-        progress.complete = last or progress.text_bytes >= self.limit
         new, seconds = progress.text_bytes - self.saved_bytes, time.perf_counter() - self.saved_at
-        if progress.complete:
-            self.balance(tokenizer)
-        if progress.complete or new >= SAVE_BYTES:
+        if progress.text_bytes >= self.limit or new >= SAVE_BYTES:
             self.save()
             done = f"{progress.text_bytes / 1e6:,.1f} MB of text so far"
             print(f"{path.name}: {done}, {new / 1e6 / seconds:.1f} MB/s")
@@ -126,11 +123,9 @@ class Writer:
     def keep_documents(self, path: Path) -> Iterator[tuple[BinaryIO, str]]:
         """Yield the documents to keep, up to `limit`, and the file for their tokens. Count all."""
         progress, options = self.progress, self.progress.options
-        for document in read_documents(path, options["column"], progress.counts):
-            text = clean(document)
-            encoded = text.encode()
+        for text in read_documents(path, options["column"], progress.counts):
             progress.counts["read"] += 1
-            progress.counts["cleaned: line ends, control characters, form NFC"] += text != document
+            encoded = text.encode()
             number, for_val = hash_document(encoded, options["val_fraction"])
             if len(text) < options["min_chars"]:
                 progress.counts["dropped: shorter than min_chars"] += 1
@@ -146,16 +141,23 @@ class Writer:
             if progress.text_bytes >= self.limit:
                 break
 
-    def balance(self, tokenizer: BPETokenizer) -> None:
-        """Correct the share of validation, if it is far from val_fraction, at the files' ends.
+    def complete(self, tokenizer: BPETokenizer) -> None:
+        """Correct the share of validation, if it is far from val_fraction, and save.
 
         A document's hash decides where it goes, so few or very long documents give any share: then
-        one file's last tokens move to the other.
+        one file's last tokens move to the other. Raises UserError if there is no text at all.
         """
+        self.progress.complete = True
+        self.balance(tokenizer)
+        self.save()
+
+    def balance(self, tokenizer: BPETokenizer) -> None:
+        """Move tokens between the ends of the two files if the share is off by over a quarter."""
         train, val = self.files["train.bin"], self.files["val.bin"]
         n_train, n_val = (file.tell() // TOKEN.itemsize for file in (train, val))
-        wanted = max(1, round(self.progress.options["val_fraction"] * (n_train + n_val)))
-        if abs(n_val - wanted) <= wanted / 4 or n_train + n_val < 2:
+        total = n_train + n_val
+        wanted = min(max(1, round(self.progress.options["val_fraction"] * total)), total - 1)
+        if total < 2 or abs(n_val - wanted) <= wanted / 4:
             return
         source, target = (train, val) if n_val < wanted else (val, train)
         end = source.tell() - abs(n_val - wanted) * TOKEN.itemsize

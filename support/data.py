@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import atomic_write, file_sha256
+from support.hub import load_pretrained
 from support.tokenizer import BPETokenizer, Tokenizer, from_dict
 
 TOKEN = np.dtype("<u2")
@@ -92,6 +93,9 @@ def open_tokens(path: Path, vocab_size: int) -> Tokens:
     """Return the token ids of a .bin file. Raises UserError if they are not uint16 or too large."""
     tokens = Tokens(path)
     ids = tokens.open()
+    if ids[:3].tobytes() == b"\x93NUMPY":
+        write = f"python -c \"import numpy; numpy.load('{path}').astype('<u2').tofile('new.bin')\""
+        raise UserError(f"{path}: is a .npy file, not plain uint16; rewrite it: {write}")
     dtype, offset = guess_layout(ids, vocab_size)
     if (dtype, offset) != (TOKEN, 0):
         numbers = f"{8 * dtype.itemsize}-bit {'big' if dtype.str[0] == '>' else 'little'}-endian"
@@ -166,10 +170,13 @@ def read_meta(path: Path) -> dict:
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """Return GPT-2's tokenizer if `name` is "gpt2", otherwise that of the meta.json at `name`."""
+    """Return the tokenizer called "gpt2", or that of a meta.json, of a data set or of a model."""
     if name == "gpt2":
         return BPETokenizer.gpt2()
-    return from_dict(read_meta(Path(name))["tokenizer"])
+    if Path(name, "tokenizer.json").exists():  # in Hugging Face's format
+        return load_pretrained(name)[1]
+    path = Path(name, "meta.json") if Path(name).is_dir() else Path(name)
+    return from_dict(read_meta(path)["tokenizer"])
 
 
 def describe_nanogpt(folder: Path) -> dict:
@@ -179,7 +186,9 @@ def describe_nanogpt(folder: Path) -> dict:
         command = f"prepare_shakespeare.py --input={text} --dataset={name}"
         raise UserError(f"{folder / 'meta.pkl'}: pickles are unsafe; run python {command}")
     train, val = Tokens(folder / "train.bin"), np.fromfile(folder / "val.bin", dtype=TOKEN)
-    if train.open()[: 1 << 20].max() < 1000:  # in any text, some of GPT-2's ids are higher
+    start = train.open()[: 1 << 20]
+    # In any text some of GPT-2's ids are higher. Only small bytes: characters or ids of 8 bits.
+    if start.max() < 1000 or (start % 256).max() < 128:
         raise UserError(f"{folder}: has no meta.json, and its ids are not GPT-2's; {PREPARE}")
     tokenizer = BPETokenizer.gpt2()
     val_bytes = len(tokenizer.decode_bytes(val[val < tokenizer.end_of_text].tolist()))

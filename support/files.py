@@ -16,6 +16,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from support.tokenizer import END_OF_TEXT
+
 MARKS = {  # byte order marks; that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -113,8 +115,11 @@ def encoding_of(start: bytes) -> str:
 
 
 def clean(text: str) -> str:
-    """Return the text in Unicode's form NFC, with \\n at line ends, without control characters."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    """Return the text in Unicode's form NFC, with \\n at line ends, without control characters.
+
+    A line end behind <|endoftext|> is removed, because that is a way to write the mark.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace(END_OF_TEXT + "\n", END_OF_TEXT)
     return unicodedata.normalize("NFC", CONTROL.sub("", text))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -13,16 +14,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from support.files import CONVERT, encoding_of
+from support.files import CONVERT, clean, encoding_of
 from support.tokenizer import END_OF_TEXT
 
 TABLES = (".parquet", ".arrow", ".feather")  # .arrow: also a folder that `datasets` saved
 FORMATS = (*TABLES, ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text")
-DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `datasets`
+# Side files: of `datasets`, and hidden ones
+OTHERS = re.compile(r"(dataset_infos?|state|dataset_dict)\.json|cache-.*\.arrow|\..*")
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", "": None}
 TXT_DOCUMENT = 100_000  # characters; a longer text file is split, if possible at ends of lines
-END = re.compile(re.escape(END_OF_TEXT) + r"(?:\r?\n)?")  # between two documents of one text
-BROKEN = re.compile("[\0\ud800-\udfff]")  # what a byte that is not UTF-8 becomes, and half an emoji
+END = re.compile(re.escape(END_OF_TEXT) + r"(?:\r\n?|\n)?")  # `clean` removes this line end, too
+SURROGATE = re.compile("[\ud800-\udfff]")  # what a byte that is not UTF-8 becomes
+BROKEN = re.compile("[\0\x1b\ud800-\udfff]")  # 0 and Escape are frequent in UTF-16 and ISO-2022
 MENDED = "mended: characters that were not UTF-8"
 
 
@@ -30,14 +33,19 @@ def format_of(path: Path) -> tuple[str, str] | None:
     """Return the format and the compression of a file by its name: (".jsonl", ".gz"), or None."""
     suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
     compression = suffixes.pop() if suffixes[-1] in COMPRESSED else ""
-    is_read = suffixes and suffixes[-1] in FORMATS and path.name not in DESCRIPTIONS
+    is_other = OTHERS.fullmatch(path.name) or re.match(r"\.\w", path.parent.name)
+    is_read = suffixes and suffixes[-1] in FORMATS and not is_other
     return (suffixes[-1], compression) if is_read else None
 
 
 def files_below(folder: Path) -> list[Path]:
     """Return all files below a folder in the order of their paths, also those behind links."""
     found, visited = [], set()
-    for name, folders, files in os.walk(folder, followlinks=True):
+
+    def fail(error: OSError) -> None:  # no permission: os.walk would leave the folder out
+        raise error
+
+    for name, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         if (real := os.path.realpath(name)) in visited:
             folders.clear()  # a link to a folder above
         else:
@@ -47,7 +55,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def read_documents(path: Path, column: str, counts: Counter) -> Iterator[str]:
-    """Yield the documents of a file one by one. Count what is skipped and mended.
+    """Yield the documents of a file one by one, cleaned. Count what is skipped and mended.
 
     A row without a text is skipped. <|endoftext|> inside a text separates two documents. Raises
     UserError for a file that can not be read, has no such column, or has another encoding.
@@ -60,15 +68,20 @@ def read_documents(path: Path, column: str, counts: Counter) -> Iterator[str]:
                 continue
             n_characters += len(row)
             if broken := BROKEN.search(row):
-                text = row[max(0, broken.start() - 20) : broken.start()]
-                first = first or f"byte 0x{ord(broken[0]) & 0xFF:02x} after {text!r}"
-                row, n = BROKEN.subn(lambda match: "\ufffd" * (match[0] > "\0"), row)
-                n_broken, counts[MENDED] = n_broken + n, counts[MENDED] + n
-                check_encoding(path, n_broken, max(n_characters, 10_000_000), first)
-            yield from filter(None, END.split(row))
+                before = row[max(0, broken.start() - 20) : broken.start()]
+                first = first or f"byte 0x{ord(broken[0]) & 0xFF:02x} after {before!r}"
+                n_broken += len(BROKEN.findall(row))
+                row, n = SURROGATE.subn("\ufffd", row)
+                counts[MENDED] += n
+                check_encoding(path, n_broken, max(n_characters, 500_000), first)
+            text = clean(row)
+            counts["cleaned: line ends, control characters, form NFC"] += text != row
+            yield from filter(None, text.split(END_OF_TEXT))
     except (pa.ArrowException, csv.Error, OSError, MemoryError, UnicodeError) as error:
         hint = "is it whole? If it was downloaded, remove it"
-        if "too much memory" in str(error):  # zstd's long mode
+        if isinstance(error, csv.Error):
+            hint = 'put texts with commas or quotes between "", and double the quotes inside'
+        elif "too much memory" in str(error):  # zstd's long mode
             hint = f"run: zstd -d --long=31 {quote(path)}"
         raise UserError(f"{path}: not readable ({one_line(error)[:99]}); {hint}") from error
     check_encoding(path, n_broken, n_characters, first)
@@ -76,7 +89,7 @@ def read_documents(path: Path, column: str, counts: Counter) -> Iterator[str]:
 
 def check_encoding(path: Path, n_broken: int, n_characters: int, first: str) -> None:
     """Raise UserError if a file is not in UTF-8: single bad characters are mended, not many."""
-    if n_broken > max(10, n_characters / 1000):
+    if n_broken > max(3, n_characters / 1000):
         many = f"{n_broken:,} characters are not UTF-8, the first is {first}"
         raise UserError(f"{path}: {many}; {CONVERT}")
 
@@ -90,13 +103,12 @@ def read_rows(path: Path, column: str) -> Iterator:
     with pa.input_stream(str(path), compression=COMPRESSED[compression]) as stream:
         encoding = encoding_of(stream.read(4))
     with pa.input_stream(str(path), compression=COMPRESSED[compression]) as stream:
-        # Bytes that are not UTF-8 pass as surrogates.
         lines = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")
         if kind in (".txt", ".text"):
             yield from read_txt(lines)
             return
         first, found = {}, False
-        for row in read_csv(lines) if kind in (".csv", ".tsv") else read_json(path, lines):
+        for row in read_csv(lines, kind) if kind in (".csv", ".tsv") else read_json(path, lines):
             if isinstance(row, dict):
                 first, found = first or row, found or column in row
                 row = row.get(column)
@@ -145,13 +157,22 @@ def read_json(path: Path, lines: io.TextIOWrapper) -> Iterator:
             raise UserError(f"{path}: {what}; {hint}") from None
 
 
-def read_csv(lines: io.TextIOWrapper) -> Iterator[dict]:
-    """Yield the rows of a table whose first line has the names of the columns."""
+def read_csv(lines: io.TextIOWrapper, kind: str) -> Iterator[dict]:
+    """Yield the rows of a table whose first line has the names of the columns.
+
+    Raises csv.Error for quotes in wrong places and too many cells: they would cut or join texts.
+    """
     csv.field_size_limit(1 << 30)
-    header = lines.readline()
-    delimiter = max(",;\t", key=header.count)
-    [names] = csv.reader([header], delimiter=delimiter)
-    yield from csv.DictReader(lines, names, delimiter=delimiter)
+    header = next(filter(str.strip, lines), "")
+    delimiter = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
+    strict = dict(delimiter=delimiter, strict=True, skipinitialspace=True)
+    rows = csv.reader(itertools.chain([header], lines), **strict)
+    names = [name.strip() for name in next(rows, [])]
+    for row in rows:
+        if len(row) > len(names):
+            what = f"line {rows.line_num} has {len(row)} cells, the first line {len(names)}"
+            raise csv.Error(what)
+        yield dict(zip(names, row, strict=False))
 
 
 def read_txt(text: io.TextIOWrapper) -> Iterator[str]:

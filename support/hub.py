@@ -59,8 +59,9 @@ def load_pretrained(name: str) -> tuple[GPT, Tokenizer]:
     padding. Raises UserError for an unknown name, a failed download, and a model that GPT can not
     compute exactly.
     """
-    if (path := Path(name) / "ckpt.pt").exists():
-        return load_model("resume", name, path.name)[:2]
+    path = Path(name) if name.endswith(".pt") else Path(name, "ckpt.pt")
+    if path.exists() or path.suffix == ".pt" == Path(name).suffix:
+        return load_model("resume", str(path.parent), path.name)[:2]
     hf, safe = import_transformers(), {"trust_remote_code": False, "local_files_only": True}
     strict = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
@@ -137,7 +138,7 @@ def convert_tokenizer(theirs) -> Tokenizer:
         if special or max(map(len, plain)) > 1:
             to_byte = {char: byte for byte, char in BYTE_TO_CHAR.items()}
             ours = BPETokenizer([bytes(map(to_byte.get, name)) for name in plain], special)
-            probe = PROBE + ours.decode(range(ours.vocab_size))
+            probe = PROBE + ours.decode(range(ours.vocab_size)) + " x ".join(["", *special, ""])
         else:
             ours = CharTokenizer("".join(plain))
             probe = ours.chars + ours.chars[::-1]

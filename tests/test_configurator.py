@@ -119,6 +119,7 @@ def test_config_file_may_import_compute_and_see_current_values(config_file):
         ({"name = 3"}, ["c.py: name is 3 but must be text"]),
         ({"stamp = 3"}, ["c.py: there is no option 'stamp'", "begin a name of your own with _"]),
         ({"rate = float('nan')"}, ["c.py: rate is nan but must be a number"]),
+        ({"steps: 3"}, ["c.py: write steps = ... instead of a colon"]),
         ({"steps = = 3"}, ["c.py: SyntaxError", "line 1"]),
         ({"steps = 1 / 0"}, ["c.py: ZeroDivisionError"]),
         ({"exit()"}, ["c.py: SystemExit"]),
@@ -140,7 +141,11 @@ def test_what_a_shell_passes_is_understood(monkeypatch):
     monkeypatch.setenv("USERPROFILE", "/home/me")  # of Windows
     more = read_options(MoreOptions, ["--steps", "5", "--flag", "--prompt=\\n\\n", "--name", "~/a"])
     assert (more.steps, more.flag, more.prompt, more.name) == (5, True, "\n\n", "/home/me/a")
-    assert not read("--flag", "False").flag and read("--name=a\\new").name == "a\\new"
+    assert (
+        not read("--flag", "false").flag
+        and read("--compile", "auto", "--flag").flag
+        and read("--name=a\\new").name == "a\\new"
+    )
     with pytest.raises(UserError, match="--steps needs a value"):
         read("--steps", "--flag")
 

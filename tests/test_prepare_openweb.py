@@ -23,6 +23,7 @@ from conftest import ROOT
 
 import prepare_openweb as prepare
 from support import corpus, tokenizer
+from support.files import clean
 from support.formats import read_documents
 
 FILES = ("train.bin", "val.bin", "meta.json")
@@ -117,12 +118,12 @@ def test_the_token_files_equal_those_of_a_plain_loop(hub, capsys):
     assert counts["read"] == 601 and counts["dropped: shorter than min_chars"] >= 1
     # One copy is in the same shard, one in a later shard.
     assert counts["dropped: the same as an earlier one"] == 2
-    assert counts["cleaned: line ends, control characters, form NFC"] == 2
+    assert counts["cleaned: line ends, control characters, form NFC"] == 1
     assert counts["skipped: rows without a text"] == 6
     assert sum(n for name, n in counts.items() if name.startswith(("kept", "dropped"))) == 601
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "training a tokenizer of 400 tokens on up to 32 MB of text ..."
-    assert printed[-1].startswith("documents: 601 read; 2 cleaned: ") and len(printed) == 9
+    assert printed[-1].startswith("documents: 1 cleaned: ") and len(printed) == 9
 
 
 def test_the_tokenizer_is_trained_by_rustbpe_on_the_first_documents(hub, monkeypatch):
@@ -130,7 +131,7 @@ def test_the_tokenizer_is_trained_by_rustbpe_on_the_first_documents(hub, monkeyp
     config = prepare.PrepareConfig(val_fraction=0.1)
     sample = list(prepare.training_sample(config, prepare.list_shards(config)[0]))
     assert 50_000 <= sum(len(text.encode()) for text in sample) < 60_000
-    texts = [corpus.clean(text) for text in "<|endoftext|>".join(hub[:100]).split("<|endoftext|>")]
+    texts = [clean(text) for text in "<|endoftext|>".join(hub[:100]).split("<|endoftext|>")]
     texts = [t for t in texts if len(t) >= 200 and not corpus.hash_document(t.encode(), 0.1)[1]]
     assert "".join(texts).startswith("".join(sample))
     Path("word.jsonl").write_text(json.dumps({"text": "x" * 10**6}))  # rustbpe needs much memory
@@ -299,7 +300,7 @@ PLACES = {  # owner, function, which call, error, how many shards are saved then
     "the first download": (prepare, "download", 1, KILL, None),
     "the tokenizer": (tokenizer.BPETokenizer, "train", 1, KILL, None),
     "the first shard": (corpus.Writer, "add_shard", 1, KILL, 0),
-    "a document of the third shard": (corpus, "clean", 250, KILL, 2),
+    "a document of the third shard": (corpus, "hash_document", 600 + 250, KILL, 2),
     "a full disk": (corpus.Writer, "save", 4, FULL, 2),
     "progress.json": (corpus, "atomic_write", 4, KILL, 2),
     "the first new name": (corpus, "replace", 1, KILL, 6),
@@ -438,6 +439,22 @@ def test_an_input_that_was_corrected_after_an_error_continues(tmp_path, monkeypa
     assert [path.name for path, *_ in read.calls] == ["1.jsonl", "2.jsonl"]
 
 
+def test_an_input_that_is_removed_after_an_error_leaves_a_complete_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus, "SAVE_BYTES", 1)
+    Path("texts").mkdir()
+    lines = [json.dumps({"text": d}) for d in make_documents(9)[7:]]
+    Path("texts/a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    expected = contents(run(input="texts", dataset="whole", val_fraction=0.4))
+    Path("texts/b.jsonl").write_text("{broken", encoding="utf-8")
+    tokenizer = "data/whole/meta.json"
+    with pytest.raises(UserError, match=r"b.jsonl: line 1"):
+        run(input="texts", dataset="mine", val_fraction=0.4, tokenizer=tokenizer)
+    Path("texts/b.jsonl").unlink()
+    done = contents(run(input="texts", dataset="mine", val_fraction=0.4, tokenizer=tokenizer))
+    assert done[:2] == expected[:2]
+
+
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.4])
 @pytest.mark.parametrize("n_documents", [1, 2, 11])
 def test_few_documents_give_the_share_that_one_asked_for(tmp_path, monkeypatch, share, n_documents):
@@ -468,9 +485,10 @@ def test_links_are_followed_and_what_is_left_out_is_named(tmp_path, monkeypatch,
         Path(folder, name).write_text(name, encoding="utf-8")
     Path("a/more").symlink_to("../b")
     Path("b/back").symlink_to("../a")
+    Path("a/lost.txt").symlink_to("nowhere")
     shards, _ = prepare.list_shards(prepare.PrepareConfig(input="a"))
     assert list(shards) == [Path("a/more/y.TXT"), Path("a/x.txt")]
-    assert capsys.readouterr().out == "a: left out, of other formats: notes.md\n"
+    assert capsys.readouterr().out.endswith("formats or broken links: lost.txt, notes.md\n")
 
 
 MISTAKES = [

@@ -29,7 +29,7 @@ from support import runtime
 from support.data import open_tokens, read_meta
 from support.files import read_text
 from support.hub import load_model
-from support.tokenizer import BPETokenizer, Tokenizer
+from support.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
         text = read_text(path)
         if isinstance(tokenizer, BPETokenizer):
             first = [tokenizer.end_of_text] * (tokenizer.end_of_text is not None)
-            return np.array(first + tokenizer.encode(text))
+            return np.array(first + tokenizer.encode(text.removeprefix(END_OF_TEXT)))
         return np.array(tokenizer.encode(text), dtype=np.int64)
     if path.suffix != ".bin" or not path.is_file():
         raise UserError(f"{path}: not a .txt or .bin file; choose another with --data")

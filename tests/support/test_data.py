@@ -1,7 +1,6 @@
 """Token files: batches from them, the checks of a data set, and what meta.json says."""
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -118,19 +117,12 @@ def as_llm_c(ids: np.ndarray) -> bytes:
     return header.tobytes() + ids.astype("<u2").tobytes()
 
 
-def as_npy(ids: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, ids.astype("<u2"))
-    return file.getvalue()
-
-
 LAYOUTS = {
     "32-bit little-endian numbers": lambda ids: ids.astype("<i4").tobytes(),
     "64-bit little-endian numbers": lambda ids: ids.astype("<i8").tobytes(),
     "32-bit big-endian numbers": lambda ids: ids.astype(">u4").tobytes(),
     "16-bit big-endian numbers": lambda ids: ids.astype(">u2").tobytes(),
     "16-bit little-endian numbers after a header of 1024 bytes": as_llm_c,
-    "16-bit little-endian numbers after a header of 128 bytes": as_npy,
     "32-bit little-endian numbers after a header of 1024 bytes": lambda ids: (
         as_llm_c(ids)[:1024] + ids.astype("<u4").tobytes()
     ),
@@ -148,6 +140,17 @@ def test_token_files_of_other_programs_are_refused_with_the_way_to_rewrite_them(
         data.open_tokens(Path("some.bin"), 50257)
     code = re.search(r'rewrite it: python -c "(.*)"$', str(error.value))[1]
     exec(code)
+    assert np.array_equal(data.open_tokens(Path("new.bin"), 50257).open(), ids)
+
+
+def test_an_array_of_numpy_is_refused_with_the_way_to_rewrite_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ids = np.arange(100, dtype=np.uint8)
+    np.save("a.npy", ids)
+    Path("a.npy").rename("a.bin")
+    with pytest.raises(UserError, match=r"a\.bin: is a \.npy file, not plain uint16") as error:
+        data.open_tokens(Path("a.bin"), 50257)
+    exec(re.search(r'rewrite it: python -c "(.*)"$', str(error.value))[1])
     assert np.array_equal(data.open_tokens(Path("new.bin"), 50257).open(), ids)
 
 
@@ -181,9 +184,10 @@ def test_token_files_of_nanogpt_are_read_with_the_ids_of_gpt2(nanogpt):
 
 
 def test_token_files_of_nanogpt_with_other_ids_say_what_to_do(nanogpt):
-    np.array([97, 98], dtype="<u2").tofile(nanogpt / "train.bin")
-    with pytest.raises(UserError, match=r"has no meta\.json, and its ids are not GPT-2's"):
-        open_dataset(nanogpt)
+    for content in (bytes([97, 0, 98, 0]), b"characters of 8 bits"):
+        (nanogpt / "train.bin").write_bytes(content)
+        with pytest.raises(UserError, match=r"has no meta\.json, and its ids are not GPT-2's"):
+            open_dataset(nanogpt)
     (nanogpt / "meta.pkl").touch()
     with pytest.raises(UserError, match=r"meta\.pkl: pickles are unsafe; run python prepare_shake"):
         open_dataset(nanogpt)

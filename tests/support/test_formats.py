@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from support.formats import MENDED, read_documents
+from support.formats import MENDED, format_of, read_documents
 
 TEXTS = ["first, text", 'a "second"\nof two lines', "3rd"]
 
@@ -37,11 +37,11 @@ def test_the_end_of_text_separates_documents_anywhere(tmp_path, before):
     content = "x" * before + "<|endoftext|>two\r\n<|endoftext|>\r\n<|endoftext|>three"
     (tmp_path / "a.txt").write_bytes(content.encode())
     documents, _ = read(tmp_path / "a.txt")
-    assert documents[-2:] == ["two\r\n", "three"] and "".join(documents[:-2]) == "x" * before
+    assert documents[-2:] == ["two\n", "three"] and "".join(documents[:-2]) == "x" * before
     if before < 100_000:
         assert len(documents) == 3
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": content}))
-    assert read(tmp_path / "a.jsonl")[0] == ["x" * before, "two\r\n", "three"]
+    assert read(tmp_path / "a.jsonl")[0] == ["x" * before, "two\n", "three"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
@@ -54,14 +54,19 @@ def test_a_byte_order_mark_names_the_encoding(tmp_path, encoding):
 
 def test_single_bad_characters_are_mended_and_counted_and_many_are_refused(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_bytes(b"one \xff two \xe9t\xe9 \0" + b"x" * 5000)
+    path.write_bytes(
+        b"one \xff two \xe9t\xe9 \0" + b"x" * 5000
+    )  # 0 vanishes, as all control characters
     documents, counts = read(path)
-    assert documents[0].startswith("one \ufffd two \ufffdt\ufffd x") and counts == {MENDED: 4}
+    assert documents[0].startswith("one \ufffd two \ufffdt\ufffd x") and counts[MENDED] == 3
     path.write_bytes(("un caf\xe9 noir, " * 50).encode("latin-1"))
     with pytest.raises(UserError, match=r"50 char.* byte 0xe9 after 'un caf'.*iconv"):
         read(path)
     path.write_bytes("text without a mark".encode("utf-16-le"))
     with pytest.raises(UserError, match=r"19 characters .* byte 0x00 after 't'"):
+        read(path)
+    path.write_bytes(("\u5409\u672c " * 9).encode("iso2022_jp"))
+    with pytest.raises(UserError, match=r"characters are not UTF-8, the first is byte 0x1b"):
         read(path)
 
 
@@ -126,6 +131,33 @@ def test_a_line_that_is_not_json_is_named(tmp_path, line):
     assert next(documents) == "first"
     with pytest.raises(UserError, match=r"a.jsonl: line 3 is not JSON .*run the same "):
         next(documents)
+
+
+WRONG_TABLES = {
+    "commas.csv": ("text\nFirst, there\n", "line 2 has 2 cells, the first line 1"),
+    "open.csv": ('id,text\n1,"open\n2,next\n', "unexpected end of data"),
+    "spark.csv": ('id,text\n1,"he said \\"no\\" twice"\n', "',' expected after '\"'"),
+    "film.tsv": ('id\ttext\n1\t"Great film" said all\n', "expected after '\"'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TABLES)
+def test_a_table_whose_texts_would_be_cut_or_joined_is_refused(tmp_path, name):
+    content, words = WRONG_TABLES[name]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}: not readable .*{words}.*double the quotes"):
+        read(tmp_path / name)
+
+
+def test_a_header_may_have_spaces_and_empty_lines_before_it(tmp_path):
+    (tmp_path / "a.csv").write_text('\n\nid, text\n1, "a, b"\n')
+    assert read(tmp_path / "a.csv")[0] == ["a, b"]
+
+
+def test_side_files_are_not_read():
+    names = "a/dataset_info.json a/cache-12.arrow a/._b.txt a/.ipynb_checkpoints/b.txt b.pdf b"
+    assert not any(format_of(Path(name)) for name in names.split())
+    assert format_of(Path("../data/b.TXT.gz")) == (".txt", ".gz")
 
 
 def test_a_column_that_no_row_has_is_named(tmp_path):

@@ -82,6 +82,15 @@ def test_the_figures_of_a_text(model, tokenizer, figures, stride, batch_size):
     assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
+def test_a_line_end_behind_the_mark_and_a_mark_at_the_start_change_nothing(model, figures):
+    results = []
+    for mark in ("<|endoftext|>", "<|endoftext|>\r\n"):
+        Path("a.txt").write_bytes(f"{mark}some text\r\n{mark}more".encode())
+        results.append(figures(data="a.txt"))
+    Path("a.txt").write_bytes(b"some text\n<|endoftext|>more")
+    assert results[0] == results[1] == figures(data="a.txt")
+
+
 @pytest.mark.parametrize("stride", [1, 3, T])
 @pytest.mark.parametrize("length", [1, 2, T - 1, T, T + 1, 2 * T, 2 * T + 1, 100])
 def test_every_token_but_the_first_is_predicted_once_and_with_enough_context(length, stride):
