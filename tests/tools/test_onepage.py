@@ -22,39 +22,23 @@ from tools import onepage, playground
 
 browser_test = pytest.mark.browser
 TEXT = "The quick brown fox's 12 dogs, they'll jump over naïve 漢字 and 🦊🦊!\n\n  Two  lines…\r\n"
+# merges of characters that are white space in JavaScript alone, or in Unicode alone
+MERGES = [TEXT * 3, "low lower lowest newer wider " * 9, "!\ufeff" * 30 + "\n\x85" * 30]
 SMALL = dict(block_size=24, n_layer=2, n_head=4, n_embd=20)
 MODELS = {  # a tokenizer, and a shape that needs each part of the engine in one of its two forms
     "char": (CharTokenizer.from_text(TEXT + HOSTILE), SMALL),
     "bpe": (
-        BPETokenizer.train([TEXT * 3, "low lower lowest newer wider " * 9], 300),
+        BPETokenizer([*BPETokenizer.train(MERGES, 320).tokens, b"xyz"]),  # no pair leads to xyz
         SMALL | dict(bias=False, tie_weights=False, gelu="exact", n_layer=3),
     ),
 }
 PROMPT = "they'll jump over naïve 漢字"
-NASTY = (
-    "",
-    " ",
-    "\n",
-    "\r\n\r\n",
-    "\t\u00a0\u3000\u2028 x",
-    "\ufeffbyte order mark",
-    "\x85next\x85 line",
-    "\x00\x1f",
-    "🦊👩‍👩‍👧‍👦🇩🇪",
-    "漢字かな交じり文",
-    "e\u0301 é ǆ ß",
-    "١٢٣ ²½ Ⅷ",
-    "it's we'll they'RE 's",
-    "don\u2019t",
-    "<|endoftext|>",
-    "a<|endoftext|><|endoftext|> b<|endof",
-    "   leading and trailing   ",
-    "a" * 300,
-    "lone \ud83d surrogate \udd8a",
-    "العربية עברית हिन्दी ไทย",
-    "x  y   z\n \n",
-    "<script>&amp;'\"\\`${}",
-)
+NASTY = (  # texts, with a dot between two of them
+    "· ·\n·\r\n\r\n·\t\u00a0\u3000\u2028 x·\ufeffbyte order mark·\x85next\x85 line·\x00\x1f·"
+    "a!\ufeff!\ufeff \n\x85\n\x85 xyz\nxyz·🦊👩‍👩‍👧‍👦🇩🇪·漢字かな交じり文·e\u0301 é ǆ ß·١٢٣ ²½ Ⅷ·don\u2019t·"
+    "it's we'll they'RE 's·<|endoftext|>·a<|endoftext|><|endoftext|> b<|endof·  leading and trailing  ·"
+    "lone \ud83d surrogate \udd8a·العربية עברית हिन्दी ไทย·x  y   z\n \n·<script>&amp;'\"\\`${}"
+).split("·")
 COLLECT = """async ([action, fields]) => {
     const answers = [], plain = (_, x) => ArrayBuffer.isView(x) ? Array.from(x) : x;
     try {
@@ -74,7 +58,7 @@ def write_run(kind: str, start: str = "The", dtype=torch.float32) -> BPETokenize
     """Write a run with random weights, rounded to `dtype`, and return its tokenizer."""
     tokenizer, shape = MODELS[kind]
     V = tokenizer.vocab_size
-    torch.manual_seed(7)
+    torch.manual_seed(12)
     model = GPT(GPTConfig(vocab_size=V, pad_vocab_to=V + 3, **shape)).eval()
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=0.3, mean=float(".ln_" in name and name.endswith("weight")))
