@@ -35,8 +35,8 @@ MODELS = {  # a tokenizer, and a shape that needs each part of the engine in one
 PROMPT = "they'll jump over naïve 漢字"
 NASTY = (  # texts, with a dot between two of them
     "· ·\n·\r\n\r\n·\t\u00a0\u3000\u2028 x·\ufeffbyte order mark·\x85next\x85 line·\x00\x1f·"
-    "a!\ufeff!\ufeff \n\x85\n\x85 xyz\nxyz·🦊👩‍👩‍👧‍👦🇩🇪·漢字かな交じり文·e\u0301 é ǆ ß·١٢٣ ²½ Ⅷ·don\u2019t·"
-    "it's we'll they'RE 's·<|endoftext|>·a<|endoftext|><|endoftext|> b<|endof·  leading and trailing  ·"
+    "a!\ufeff!\ufeff \n\x85\n\x85 xyz\nxyz·🦊👩\u200d👧🇩🇪·漢字かな交じり文·e\u0301 é ǆ ß·١٢٣ ²½ Ⅷ·"
+    "it's we'll they'RE don\u2019t·<|endoftext|>·a<|endoftext|><|endoftext|> b<|endof·  blanks  ·"
     "lone \ud83d surrogate \udd8a·العربية עברית हिन्दी ไทย·x  y   z\n \n·<script>&amp;'\"\\`${}"
 ).split("·")
 COLLECT = """async ([action, fields]) => {
