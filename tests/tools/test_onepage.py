@@ -46,6 +46,13 @@ COLLECT = """async ([action, fields]) => {
     } catch (error) { answers.push({error: error.message}); }
     return JSON.parse(JSON.stringify(answers, plain));
 }"""
+DRAW = """window.draw = (seed, first, max_new_tokens) => {  // tokens of a model with three
+    const engine = Object.create(Engine.prototype), logits = [0.5, 0.3, 0.2].map(Math.log);
+    const facts = {config: {block_size: 8}}, model = {logits: () => Float32Array.from(logits)};
+    Object.assign(engine, {facts, model, tokenizer: {encode: () => [0]}, token: id => ({id})});
+    const options = {start: "a", temperature: 1, top_k: null, top_p: null, max_new_tokens, seed};
+    return [...engine.write({options, written: Array(first).fill(0)})].slice(1).map(t => t.id);
+}"""
 ENCODE = """texts => {
     const {tokenizer} = JSON.parse(byId("model").textContent);
     const ours = new {char: CharTokenizer, bpe: BPETokenizer}[tokenizer.kind](tokenizer);
@@ -220,6 +227,10 @@ def test_labels_texts_and_probabilities_of_a_page_about_hostile_text():
             arguments = [logits.tolist(), options]
             drawn = page.evaluate("([logits, options]) => drawnWith(logits, options)", arguments)
             torch.testing.assert_close(torch.tensor(drawn).float(), expected, rtol=1e-4, atol=1e-6)
-        draws = "Array.from({length: 20000}, (_, n) => random(1337, n))"
-        counts = torch.tensor(page.evaluate(draws)).histc(20, 0, 1)
-        assert counts.sum() == 20_000 and (counts - 1000).abs().max() < 150
+        draw = "([seed, first, count]) => draw(seed, first, count)"
+        page.evaluate(DRAW)
+        ids = page.evaluate(draw, [1337, 0, 5000])
+        counts = torch.tensor(ids).bincount()
+        assert (counts - torch.tensor([2500, 1500, 1000])).abs().max() < 150
+        assert page.evaluate(draw, [1337, 100, 50]) == ids[100:150]  # a text written in parts
+        assert page.evaluate(draw, [1338, 0, 50]) != ids[:50]
