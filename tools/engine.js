@@ -76,7 +76,7 @@ class BPETokenizer {
     }
 
     encode(text) {
-        return text.toWellFormed().split("<|endoftext|>").flatMap((part, i) => [
+        return text.split("<|endoftext|>").flatMap((part, i) => [
             ...(i > 0 ? [this.endOfText] : []),
             ...(part.match(this.pattern) ?? []).flatMap(word => this.merge(toBytes(word))),
         ]);

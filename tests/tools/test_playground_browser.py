@@ -539,6 +539,9 @@ def draw() -> None:
         page.get_by_role("tab", name="Attention").click()
         page.get_by_role("button", name="layer 1, head 3").click()  # it looks at the token before
         page.screenshot(path="docs/pictures/playground_attention.png", full_page=True)
+        page.get_by_role("tab", name="Inside").click()
+        page.locator("#way canvas").last.wait_for()
+        page.screenshot(path="docs/pictures/playground_inside.png", full_page=True)
         page.get_by_role("tab", name="Learning").click()
         page.locator("#moment").press("Home")
         page.screenshot(path="docs/pictures/playground_learning.png", full_page=True)
