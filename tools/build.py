@@ -45,7 +45,7 @@ class BuildConfig(hunt.HuntConfig):
         if self.number not in done["begun"] or self.again:
             now, (head, code) = "".join(find(self.item, COPY)), find(self.item, ORIGINAL)
             indent = code[: -len(code.lstrip())]
-            blank = f"{head}{indent}raise NotImplementedError  # {self.item['returns']}\n"
+            blank = f"{head}{indent}raise NotImplementedError  # write it: {self.item['returns']}\n"
             path.write_text(path.read_text("utf-8").replace(now, blank), "utf-8")
             solved = [number for number in done["solved"] if number != self.number]
             self.write_progress(begun=[*done["begun"], self.number], solved=solved)
@@ -66,7 +66,7 @@ class BuildConfig(hunt.HuntConfig):
         return hunt.judge(self.item, COPY)
 
     def print_solution(self) -> None:
-        print(*find(self.item, ORIGINAL), self.item["lesson"], sep="")
+        print(*find(self.item, ORIGINAL), "\n", self.item["lesson"], sep="")
 
 
 def make_copy(folder: Path) -> None:

@@ -137,7 +137,7 @@ def test_only_a_solution_shows_the_original(capsys):
     assert code not in printed and "hint 3 of 3" in printed and "no further hint" in printed
     before = (build.COPY / "model.py").read_bytes()
     play(CACHE, solve=True)
-    assert head + code + PIECES[CACHE - 1]["lesson"] in capsys.readouterr().out
+    assert f"{head}{code}\n{PIECES[CACHE - 1]['lesson']}" in capsys.readouterr().out
     assert (build.COPY / "model.py").read_bytes() == before
 
 
