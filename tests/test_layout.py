@@ -12,8 +12,8 @@ SCRIPTS = {  # and the most lines that each may have
     "train.py": 355,
     "sample.py": 85,
     "configurator.py": 200,
-    "prepare_shakespeare.py": 72,
-    "prepare_openweb.py": 176,
+    "prepare_shakespeare.py": 70,
+    "prepare_openweb.py": 177,
 }
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
     "*.py": 1_172,
