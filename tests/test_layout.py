@@ -8,21 +8,21 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = {  # and the most lines that each may have
-    "model.py": 280,
-    "train.py": 350,
+    "model.py": 285,
+    "train.py": 355,
     "sample.py": 85,
-    "configurator.py": 165,
+    "configurator.py": 200,
     "prepare_shakespeare.py": 70,
-    "prepare_openweb.py": 170,
+    "prepare_openweb.py": 177,
 }
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
-    "*.py": 1_118,
-    "support/**/*.py": 1_970,
+    "*.py": 1_172,
+    "support/**/*.py": 2_285,
     "tools/**/*.py": 1_900,
     "tools/*.[chj][st]*": 1_500,  # the page: css, html, js
     "docs/gpt.py": 150,
     "config/**/*.py": 230,
-    "tests/**/*.py": 7_500,
+    "tests/**/*.py": 7_610,
     "README.md": 150,
 }
 FLOORS = {  # what the files of a floor may import of this project
