@@ -164,7 +164,8 @@ def observe(model: GPT, idx: Tensor, masked: bool = True) -> tuple[list[dict], T
     def keep(layer: dict, before: str, after: str):
         return lambda module, args, out: layer.update({before: args[0][0], after: out[0]})
 
-    with MODEL_LOCK, torch.no_grad(), patch("model.attention", plain_attention), ExitStack() as s:
+    functions = dict.fromkeys(("attention", "fused_attention"), plain_attention)
+    with MODEL_LOCK, torch.no_grad(), patch.multiple("model", **functions), ExitStack() as s:
         for layer, block in zip(layers, model.transformer.h, strict=True):
             block_hook = block.register_forward_hook(keep(layer, "input", "output"))
             attn_hook = block.attn.register_forward_hook(keep(layer, "normed", "attention"))

@@ -144,10 +144,12 @@ def test_a_new_run_removes_the_log_of_one_that_saved_nothing(tiny_run):
 
 def test_an_earlier_run_in_the_current_folder_is_not_overwritten(tiny_run):
     first = (tiny_run(out_dir=".", max_iters=0) / "ckpt.pt").read_bytes()
-    for out_dir in (".", "", str(Path().resolve())):
+    for out_dir in (".", str(Path().resolve())):
         with pytest.raises(UserError, match="the folder that you are in, and it has an earlier"):
             tiny_run(out_dir=out_dir, max_iters=1)
     assert Path("ckpt.pt").read_bytes() == first
+    with pytest.raises(UserError, match="out_dir is empty; name a folder"):  # an unset $OUT
+        tiny_run(out_dir="")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets only administrators make links")

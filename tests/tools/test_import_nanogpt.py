@@ -97,7 +97,7 @@ def test_a_padded_vocabulary_resumes_on_nanogpts_own_token_files(tiny_run, monke
     monkeypatch.setattr(BPETokenizer, "gpt2", lambda: gpt2)
     Path("data/theirs").mkdir()
     for name in ("train.bin", "val.bin"):
-        np.array([97, 98, 50256] * 100, dtype=np.uint16).tofile(f"data/theirs/{name}")
+        np.array([97, 200, 50256] * 100, dtype=np.uint16).tofile(f"data/theirs/{name}")
     ours = load_checkpoint(imported(nanogpt(vocab_size=50304)[2]))
     expected = GPTConfig(50257, 50304, **SHAPE, gelu="exact"), gpt2.to_dict()
     assert (ours.shape, ours.tokenizer) == expected
