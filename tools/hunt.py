@@ -179,7 +179,7 @@ class HuntConfig:
     def print_solution(self) -> None:
         """Print the mistake as a diff, and the lesson."""
         name, lesson = self.item["mistake"], self.item["lesson"].strip()
-        print(f"Hunt {self.number}: {name}. Lines with - are correct, the copy has those with +.\n")
+        print(f"Hunt {self.number}. Lines with - are correct, the copy has those with +.\n")
         print(f"{read_text(MISTAKES / f'{name}.diff')}\n{lesson}")
 
 

@@ -61,7 +61,7 @@ def test_the_file_of_pieces_is_complete():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", NUMBERS, ids=NAMES)
-def test_a_blank_piece_is_refused_and_the_original_passes(number, capsys):
+def test_a_blank_piece_is_refused_and_the_original_passes(number, capsys, monkeypatch):
     play(number)
     head, code = build.find(PIECES[number - 1], build.ORIGINAL)
     blank = build.find(PIECES[number - 1], build.COPY)
@@ -73,11 +73,17 @@ def test_a_blank_piece_is_refused_and_the_original_passes(number, capsys):
     failed = "\n".join(hunt.judge(PIECES[number - 1], build.COPY))
     assert all(f"FAILED tests/{test}" in failed for test in PIECES[number - 1]["tests"])
     write(number, code)
+    monkeypatch.setattr(hunt, "judge", lambda *_: [])  # the next test runs them all at once
     play(number, check=True)
-    assert (
-        f"Solved! What there is to learn: python -m tools.build {number} --solve"
-        in capsys.readouterr().out
-    )
+    words = f"Solved! What there is to learn: python -m tools.build {number} --solve"
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_original_passes_the_tests_of_all_pieces(place):
+    build.make_copy(place / "copy")
+    tests = [test for piece in PIECES for test in piece["tests"]]
+    assert hunt.judge({"tests": tests}, place / "copy") == []
 
 
 def test_the_examples_in_the_texts_are_true(place):

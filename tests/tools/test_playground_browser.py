@@ -325,8 +325,9 @@ def try_learning(page) -> None:
     figures, log = page.locator("#figures"), Path("out/one/log.jsonl")
     slider, about = page.locator("#moment"), page.locator("#sample-about")
     expect(page.locator("#curve polyline")).to_have_count(3)
-    box = page.locator("#curve svg").bounding_box()
-    page.mouse.move(box["x"] + box["width"] - 9, box["y"] + 100)
+    curve = page.locator("#curve svg")  # is drawn again when the log of the run has arrived
+    width = curve.evaluate("svg => svg.getBoundingClientRect().width")
+    curve.hover(position={"x": width - 9, "y": 100})
     expect(page.locator("#reading")).to_contain_text("batch loss ")
     samples = sum('"sample"' in line for line in log.read_text(encoding="utf-8").splitlines())
     last = f"Sample {samples} of {samples}, at step "
@@ -353,7 +354,7 @@ def try_learning(page) -> None:
         expect(figures).to_contain_text("validation loss 2.048")
     expect(about).to_contain_text(f"Sample {samples + 1} of {samples + 1}, at step {step:,}")
     expect(page.locator("#sample")).to_have_text("4 times")
-    page.locator("#curve svg").hover(position={"x": box["width"] - 8, "y": 100})
+    page.locator("#curve svg").hover(position={"x": width - 8, "y": 100})
     expect(page.locator("#reading")).to_have_text(f"batch loss 1.235 at step {step + 1:,}")
 
 
