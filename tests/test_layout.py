@@ -22,7 +22,7 @@ BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
     "tools/*.[chj][st]*": 1_500,  # the page: css, html, js
     "docs/gpt.py": 150,
     "config/**/*.py": 230,
-    "tests/**/*.py": 7_610,
+    "tests/**/*.py": 7_620,
     "README.md": 150,
 }
 FLOORS = {  # what the files of a floor may import of this project
