@@ -17,7 +17,7 @@ SCRIPTS = {  # and the most lines that each may have
 }
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
     "*.py": 1_172,
-    "support/**/*.py": 2_285,
+    "support/**/*.py": 2_291,
     "tools/**/*.py": 1_900,
     "tools/*.[chj][st]*": 1_500,  # the page: css, html, js
     "docs/gpt.py": 150,
