@@ -177,9 +177,7 @@ class Writer:
             progress.lengths[name] = file.tell()
             if progress.complete:
                 file.close()  # Windows can not rename an open file
-        if progress.complete and not (
-            progress.lengths["train.bin"] and progress.lengths["val.bin"]
-        ):
+        if progress.complete and not all(progress.lengths[name] for name in BINS):
             (self.folder / "progress.json").unlink()
             read = "; ".join(f"{n:,} {what}" for what, n in progress.counts.items() if n)
             raise UserError(f"no text is left for {self.folder} ({read}); lower --min_chars?")

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import atomic_write, file_sha256
-from support.hub import load_pretrained
-from support.tokenizer import BPETokenizer, Tokenizer, from_dict
+from support.tokenizer import BPETokenizer, Tokenizer, from_dict, load_tokenizer
 
 TOKEN = np.dtype("<u2")
 PREPARE = "run a prepare script (python prepare_shakespeare.py, or prepare_openweb.py)"
@@ -115,11 +114,7 @@ def guess_layout(ids: np.ndarray, vocab_size: int) -> tuple[np.dtype, int]:
     The bytes of another program's files can pass for token ids, and a model would learn nonsense.
     """
     start, offset = ids[: 1 << 20], 0
-    if start[:3].tobytes() == b"\x93NUMPY":
-        offset = 10 + int(
-            start[4]
-        )  # https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
-    elif len(start) > 512 and start[:16].any() and not start[16:512].any():
+    if len(start) > 512 and start[:16].any() and not start[16:512].any():
         offset = 1024  # 256 numbers of 32 bits, most of them 0: llm.c and modded-nanogpt
     start = start[offset // TOKEN.itemsize :]
     if len(start) < 64 or not start.any():
@@ -174,7 +169,10 @@ def find_tokenizer(name: str) -> Tokenizer:
     if name == "gpt2":
         return BPETokenizer.gpt2()
     if Path(name, "tokenizer.json").exists():  # in Hugging Face's format
-        return load_pretrained(name)[1]
+        try:
+            return load_tokenizer(name)
+        except Exception as error:  # the library raises many kinds for bad files
+            raise UserError(f"{name}: {one_line(error)[:300]}") from error
     path = Path(name, "meta.json") if Path(name).is_dir() else Path(name)
     return from_dict(read_meta(path)["tokenizer"])
 

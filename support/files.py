@@ -115,10 +115,8 @@ def encoding_of(start: bytes) -> str:
 
 
 def clean(text: str) -> str:
-    """Return the text in Unicode's form NFC, with \\n at line ends, without control characters.
-
-    A line end behind <|endoftext|> is removed, because that is a way to write the mark.
-    """
+    """Return the text in Unicode's form NFC, with \\n at line ends, without control characters."""
+    # A line end behind <|endoftext|> belongs to the mark, as in a file with the mark on lines.
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace(END_OF_TEXT + "\n", END_OF_TEXT)
     return unicodedata.normalize("NFC", CONTROL.sub("", text))
 

@@ -111,9 +111,9 @@ def read_rows(path: Path, column: str) -> Iterator:
         yield from read_table(path, kind, column)
         return
     with pa.input_stream(str(path), compression=COMPRESSED[compression]) as stream:
-        encoding = encoding_of(stream.read(4))
-    with pa.input_stream(str(path), compression=COMPRESSED[compression]) as stream:
-        lines = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")
+        content = io.BufferedReader(stream)
+        encoding = encoding_of(content.peek(4))
+        lines = io.TextIOWrapper(content, encoding, errors="surrogateescape", newline="")
         if kind in (".txt", ".text"):
             yield from read_txt(lines)
             return

@@ -1,8 +1,7 @@
 """GPT-2 in Hugging Face's format, and the one loader for "a run or a pretrained model".
 
-The library `transformers` reads the files, and writes them in tools/export.py. It is imported only
-when it is needed, and keeps downloads in ~/.cache/huggingface. Pickle files are never read, because
-they can run code.
+The library `transformers` reads the files, writes them in tools/export.py, and keeps downloads in
+~/.cache/huggingface. Pickle files are never read, because they can run code.
 """
 
 from configurator import UserError, one_line
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from support.checkpoint import Checkpoint, build_model, load_checkpoint
-from support.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, from_dict
+from support.tokenizer import SAFE, Tokenizer, from_dict, import_transformers, load_tokenizer
 
 # OpenAI's four models: commits of the repositories openai-community/<name>.
 REVISIONS = {
@@ -33,12 +32,6 @@ SUPPORTED = {  # the values in config.json with which GPT computes the same func
 NAMES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}  # theirs: ours
 NAMES |= {"n_positions": "block_size", "tie_word_embeddings": "tie_weights"}
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-# They write each byte of a token as a printable character, as OpenAI's encoder.py does: most bytes
-# as themselves, the others as U+0100, U+0101, ... A space is U+0120.
-BYTE_TO_CHAR = {b: chr(b) for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
-BYTE_TO_CHAR |= {b: chr(0x100 + i) for i, b in enumerate(sorted({*range(256)} - {*BYTE_TO_CHAR}))}
-# Tokenizers that split or change a text in another way encode this one differently.
-PROBE = "It's a DON'T 12ab_3c!?\t\r\n\n     \xa0x\xe9e\u0301\ufb01\u3000\u4f60 \U0001f600   'St \n"
 
 
 def load_model(
@@ -60,18 +53,18 @@ def load_pretrained(name: str) -> tuple[GPT, Tokenizer]:
     compute exactly.
     """
     path = Path(name) if name.endswith(".pt") else Path(name, "ckpt.pt")
-    if path.exists() or path.suffix == ".pt" == Path(name).suffix:
+    if path.exists() or name.endswith(".pt"):
         return load_model("resume", str(path.parent), path.name)[:2]
-    hf, safe = import_transformers(), {"trust_remote_code": False, "local_files_only": True}
+    hf = import_transformers()
     strict = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         folder = name if Path(name).is_dir() else download_model(name)
-        config = hf.AutoConfig.from_pretrained(folder, **safe)
+        config = hf.AutoConfig.from_pretrained(folder, **SAFE)
         for key, known in SUPPORTED.items():
             if (value := getattr(config, key, None)) not in known:
                 raise UserError(f"{key} is {value!r:.60}, not {' or '.join(map(repr, known))}")
-        tokenizer = convert_tokenizer(hf.AutoTokenizer.from_pretrained(folder, **safe))
-        theirs, report = hf.GPT2LMHeadModel.from_pretrained(folder, **safe, **strict)
+        tokenizer = load_tokenizer(folder)
+        theirs, report = hf.GPT2LMHeadModel.from_pretrained(folder, **SAFE, **strict)
         # transformers only warns of weights that do not fit, and draws missing ones at random.
         for kind, keys in report.items():  # masked_bias is a mask in the files of old versions
             if wrong := sorted(str(key) for key in keys if "masked_bias" not in key):
@@ -101,50 +94,7 @@ def download_model(name: str) -> str:
     return snapshot_download(source, revision=revision or None, **files)
 
 
-def import_transformers():
-    """Return the library transformers, silent but for the progress of downloads."""
-    try:
-        import transformers
-        from huggingface_hub.utils import enable_progress_bars
-    except ImportError:
-        raise UserError("transformers is not installed; run: pip install transformers") from None
-    if int((version := transformers.__version__).split(".")[0]) < 5:
-        raise UserError(f"transformers {version} is too old; run: pip install -U transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    enable_progress_bars()
-    return transformers
-
-
 def transpose(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert between Hugging Face's linear layers, which compute x w + b, and ours: x w^T + b."""
     names = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     return {n: w.t().contiguous() if n.endswith(names) else w for n, w in weights.items()}
-
-
-def convert_tokenizer(theirs) -> Tokenizer:
-    """Return our tokenizer that gives the same ids as one of transformers. Raises UserError.
-
-    The two encode a text with every token. A vocabulary of single characters has one token each.
-    """
-    try:
-        names = sorted(vocab := theirs.get_vocab(), key=vocab.get)
-        special = {
-            name: vocab[name] for name in {*theirs.get_added_vocab(), END_OF_TEXT} & {*names}
-        }
-        while "pad" in names[-1].lower() and names[-1] in special:  # these never occur in a text
-            del special[names.pop()]
-        plain = [name for name in names if name not in special]
-        if special or max(map(len, plain)) > 1:
-            to_byte = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-            ours = BPETokenizer([bytes(map(to_byte.get, name)) for name in plain], special)
-            probe = PROBE + ours.decode(range(ours.vocab_size)) + " x ".join(["", *special, ""])
-        else:
-            ours = CharTokenizer("".join(plain))
-            probe = ours.chars + ours.chars[::-1]
-        if ours.encode(probe) != theirs.encode(probe, add_special_tokens=False):
-            raise ValueError("the ids differ")
-        return ours
-    except Exception as error:
-        what = "one token for each byte, then one for each merge in order, and special tokens"
-        raise UserError(f"its tokenizer is not like GPT-2's, which has {what}") from error

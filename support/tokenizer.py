@@ -147,3 +147,58 @@ def from_dict(fields: dict) -> CharTokenizer | BPETokenizer:
         return BPETokenizer(tokens, fields.get("special"))
     except (LookupError, TypeError, AttributeError, AssertionError, UnicodeError) as error:
         raise UserError(f"damaged tokenizer ({one_line(error)[:100]}); {AGAIN}") from error
+
+
+# Tokenizers in Hugging Face's format. Not in hub.py: preparing a text must not load torch.
+
+SAFE = {"trust_remote_code": False, "local_files_only": True}  # for every from_pretrained
+# They write each byte of a token as a printable character, as OpenAI's encoder.py does: most bytes
+# as themselves, the others as U+0100, U+0101, ... A space is U+0120.
+BYTE_TO_CHAR = {b: chr(b) for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
+BYTE_TO_CHAR |= {b: chr(0x100 + i) for i, b in enumerate(sorted({*range(256)} - {*BYTE_TO_CHAR}))}
+# Tokenizers that split or change a text in another way encode this one differently.
+PROBE = "It's a DON'T 12ab_3c!?\t\r\n\n     \xa0x\xe9e\u0301\ufb01\u3000\u4f60 \U0001f600   'St \n"
+
+
+def import_transformers():
+    """Return the library transformers, silent but for the progress of downloads."""
+    try:
+        import transformers
+        from huggingface_hub.utils import enable_progress_bars
+    except ImportError:
+        raise UserError("transformers is not installed; run: pip install transformers") from None
+    if int((version := transformers.__version__).split(".")[0]) < 5:
+        raise UserError(f"transformers {version} is too old; run: pip install -U transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    enable_progress_bars()
+    return transformers
+
+
+def load_tokenizer(folder: str) -> Tokenizer:
+    """Return our tokenizer that gives the same ids as that in a folder. Raises UserError.
+
+    The two encode a text with every token. A vocabulary of single characters has one token each.
+    """
+    theirs = import_transformers().AutoTokenizer.from_pretrained(folder, **SAFE)
+    try:
+        names = sorted(vocab := theirs.get_vocab(), key=vocab.get)
+        special = {
+            name: vocab[name] for name in {*theirs.get_added_vocab(), END_OF_TEXT} & {*names}
+        }
+        while "pad" in names[-1].lower() and names[-1] in special:  # these never occur in a text
+            del special[names.pop()]
+        plain = [name for name in names if name not in special]
+        if special or max(map(len, plain)) > 1:
+            to_byte = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+            ours = BPETokenizer([bytes(map(to_byte.get, name)) for name in plain], special)
+            probe = PROBE + ours.decode(range(ours.vocab_size)) + " x ".join(["", *special, ""])
+        else:
+            ours = CharTokenizer("".join(plain))
+            probe = ours.chars + ours.chars[::-1]
+        if ours.encode(probe) != theirs.encode(probe, add_special_tokens=False):
+            raise ValueError("the ids differ")
+        return ours
+    except Exception as error:
+        what = "one token for each byte, then one for each merge in order, and special tokens"
+        raise UserError(f"its tokenizer is not like GPT-2's, which has {what}") from error

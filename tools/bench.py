@@ -35,10 +35,10 @@ from model import GPT, GPTConfig
 from support import runtime
 from support.data import gather, open_dataset
 from support.files import atomic_write
-from support.hub import import_transformers
 from support.log import read_log
 from support.pictures import markdown_table, save_figure
 from support.runtime import DTYPES, dtype_name, resolve_device, resolve_dtype
+from support.tokenizer import import_transformers
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from model import GPT
 from support import files, hub
 from support.checkpoint import save_checkpoint
-from support.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
+from support.tokenizer import BYTE_TO_CHAR, END_OF_TEXT, BPETokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def export_tokenizer(hf, ours: Tokenizer):
     from tokenizers import Tokenizer as Backend
 
     if isinstance(ours, BPETokenizer):
-        tokens = [token.decode("latin-1").translate(hub.BYTE_TO_CHAR) for token in ours.tokens]
+        tokens = [token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ours.tokens]
         vocab = dict(zip(tokens, ours.ids, strict=True)) | ours.special
         # Every way to join two tokens to a third one, in the order of the third, as in tiktoken.
         pairs = ((t[:i], t[i:]) for t in tokens for i in range(1, len(t)))
