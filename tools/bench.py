@@ -1,101 +1,131 @@
-"""Measure speed. Every answer is a table, a file of JSON lines and a picture.
+"""Measure speed. Every answer is a table, and a picture and the figures in out/bench.
 
     python -m tools.bench throughput --config=config/phase1_char.py --nanogpt=../nanoGPT
-    python -m tools.bench loader --config=config/phase3_gpt2.py     # ways to load a batch
     python -m tools.bench generate --nanogpt=../nanoGPT --transformers
+    python -m tools.bench race --dataset=shakespeare_char --nanogpt=../nanoGPT   # takes an hour
 
 The options and config files of train.py are accepted, too. Training is measured as users see it, by
-starting train.py, and nanoGPT's own, and reading their logs. All sides are measured in turn,
+starting train.py, and nanoGPT's own, and reading what they print. All sides are measured in turn,
 `rounds` times, so that a machine that slows down slows all of them. The table shows medians.
+
+In a race, each side of tools/races.toml trains alone, for the same minutes from the start of its
+program, compiling included. Each of its checkpoints is then scored by tools.evaluate.
 """
 
 import json
+import os
 import pickle
 import platform
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable
 from configurator import UserError, check_range, configure, run
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from model import GPT, GPTConfig
 from support import runtime
-from support.data import gather, open_dataset
+from support.data import open_dataset
 from support.files import atomic_write
-from support.log import read_log
 from support.pictures import markdown_table, save_figure
 from support.runtime import DTYPES, dtype_name, resolve_device, resolve_dtype
 from support.tokenizer import import_transformers
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-# Tokens per second that training phase 3 takes: estimated from the generated code, not measured.
-CONSUMERS = {"an A100 trains phase 3 (estimate)": 205_000, "an H100 (estimate)": 440_000}
+RACES = ROOT / "tools/races.toml"
+SAVES = 8  # checkpoints of each side of a race
+WHOLE = 2  # seconds: a checkpoint that has not changed for so long is complete, also nanoGPT's
 
 
 @dataclass(frozen=True)
 class BenchConfig(TrainConfig):
-    """Measure speed: python -m tools.bench throughput, loader or generate."""
+    """Measure speed: python -m tools.bench throughput, race or generate."""
 
     # benchmark
-    what: Literal["throughput", "loader", "generate"] = "throughput"  # what to measure
+    what: Literal["throughput", "race", "generate"] = "throughput"  # what to measure
     rounds: int = 3  # measurements of each side
-    steps: int = 50  # throughput: training steps in a measurement
+    seconds: int = 20  # throughput: seconds of training in a measurement
     nanogpt: str = ""  # folder of a copy of nanoGPT, to measure it too
     transformers: bool = False  # generate: measure transformers too
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, 1, 1000, "rounds")
-        check_range(self, 2, 1 << 20, "steps")  # the first one warms up
+        check_range(self, 1, 1000, "rounds", "seconds")
 
 
 # Throughput: training steps, beside what the machine can compute
+def start_training(folder: Path, options: dict, vocab_size: int, out_dir: Path) -> subprocess.Popen:
+    """Start the train.py in `folder`, ours or nanoGPT's, and return its process."""
+    device, data = resolve_device(options["device"]), Path("data", options["dataset"]).absolute()
+    dtype = dtype_name(resolve_dtype(options["dtype"], device))
+    options = options | dict(device=str(device), dtype=dtype, out_dir=str(out_dir.absolute()))
+    options |= dict(dataset=str(data), init_from="scratch", sample_interval=0, wandb_log=False)
+    options |= dict(checkpoint_interval=0, target_val_loss=0.0)
+    if folder != ROOT:
+        options |= dict(dataset=options["out_dir"])
+        # It takes the size of the vocabulary from a meta.pkl, which our data sets do not have.
+        (out_dir / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+        for name in ("train.bin", "val.bin", "meta.json"):
+            (out_dir / name).symlink_to(data / name)
+    # Both programs read such a config file. nanoGPT ignores names that it does not know.
+    lines = [f"{name} = {value!a}\n" for name, value in options.items()]
+    (out_dir / "run.py").write_text("".join(lines), "ascii")
+    # Nothing compiled before is used, so that a measurement does not depend on those before it.
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(out_dir.absolute() / "compiled")}
+    command = [sys.executable, "-u", "train.py", str(out_dir.absolute() / "run.py")]
+    text = dict(text=True, encoding="utf-8", errors="replace", env=environment)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=folder, **text, **pipes)
+
+
+def time_steps(folder: Path, options: dict, vocab_size: int, at_least: int) -> tuple[float, float]:
+    """Return the seconds that a run takes before its first step, and those of each step.
+
+    The run is ended when it has taken steps for `at_least` seconds.
+    """
+    tokens = options["gradient_accumulation_steps"] * options["batch_size"] * options["block_size"]
+    log_interval = max(1, 20_000 // tokens)  # each line is flushed to disk
+    options = options | dict(max_iters=10**6, eval_interval=10**9, log_interval=log_interval)
+    started, times, line = time.perf_counter(), {}, ""
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        start_training(folder, options | {"eval_iters": 1}, vocab_size, Path(scratch)) as process,
+    ):
+        for line in process.stdout:  # "step  4 | ... | loss 4.1 ..." or "iter 4: loss 4.1, ..."
+            if found := re.match(r"(?:step|iter) +([\d,]+)\b.* loss", line):
+                times[int(found[1].replace(",", ""))] = time.perf_counter() - started
+            steps = list(times)[2:]  # without those that still warm up
+            if steps and times[steps[-1]] > times[steps[0]] + at_least:
+                break
+        else:
+            raise UserError(f"{folder}/train.py ended: {line[-300:]}")
+        process.kill()
+    seconds = (times[steps[-1]] - times[steps[0]]) / (steps[-1] - steps[0])
+    return times[steps[0]] - steps[0] * seconds, seconds
+
+
 def time_training(folder: Path, config: BenchConfig, vocab_size: int) -> float:
-    """Return the tokens per second that the train.py in `folder` logs, ours or nanoGPT's."""
-    device, data = resolve_device(config.device), Path("data", config.dataset).absolute()
+    """Return the tokens per second of the train.py in `folder`, ours or nanoGPT's."""
     options = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-    options |= dict(device=str(device), dtype=dtype_name(resolve_dtype(config.dtype, device)))
-    options |= dict(dataset=str(data), init_from="scratch", max_iters=config.steps, decay_lr=False)
-    options |= dict(eval_interval=10**9, eval_iters=1, sample_interval=0, checkpoint_interval=0)
-    options["compile"] = config.compile is not False  # auto would not compile so short a run
-    options["log_interval"] = max(1, config.steps // 10)  # each line is flushed to disk
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        options |= dict(out_dir=scratch, target_val_loss=0.0, wandb_log=False)
-        if folder != ROOT:
-            # As nanoGPT's README says, not compiled on a CPU. It always computes in float32 there.
-            compiles = device.type == "cuda" if config.compile == "auto" else config.compile
-            options |= dict(dataset=scratch, log_interval=1, compile=compiles)
-            # It takes the size of the vocabulary from a meta.pkl, which our data sets do not have.
-            Path(scratch, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
-            for name in ("train.bin", "val.bin"):
-                Path(scratch, name).symlink_to(data / name)
-        # Both programs read such a config file. nanoGPT ignores names that it does not know.
-        lines = [f"{name} = {value!a}\n" for name, value in options.items()]
-        Path(scratch, "run.py").write_text("".join(lines), "ascii")
-        command = [sys.executable, "train.py", f"{scratch}/run.py"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            raise UserError(f"{folder}/train.py failed: {done.stderr[-300:]}")
-        if folder == ROOT:
-            records = [r for r in read_log(Path(scratch, "log.jsonl")) if "loss" in r]
-            return median(record["tokens_per_second"] for record in records[1:])
-    times = re.findall(r"^iter \d+:.* time ([\d.]+)ms", done.stdout, re.MULTILINE)
+    if config.compile == "auto":
+        # As nanoGPT's README says, not compiled on a CPU. It always computes in float32 there.
+        options["compile"] = folder == ROOT or resolve_device(config.device).type == "cuda"
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    return 1e3 * tokens / median(map(float, times[1:]))
+    return tokens / time_steps(folder, options, vocab_size, config.seconds)[1]
 
 
 def time_product(dtype: str, device: torch.device, flops: int) -> float:
@@ -120,25 +150,92 @@ def throughput(config: BenchConfig) -> tuple[dict[str, Callable], int]:
     return sides, flops
 
 
-# Loader: ways to load a batch, of ids, (B, T + 1), or of inputs and targets
-def loader(config: BenchConfig) -> tuple[dict[str, Callable], int]:
-    _, tokenizer, tokens, _ = open_dataset(Path("data", config.dataset))
-    ids, B, T = tokens.open()[:2_000_000], config.batch_size, config.block_size
-    text, width = tokenizer.decode(ids.tolist()), 16 * T  # 16 characters per token are enough
+# Race: the losses that whole programs reach in the same minutes
+def race(config: BenchConfig) -> None:
+    """Let the sides of tools/races.toml train in turn; draw their losses over the minutes.
 
-    def tokenize(start: int) -> list[int]:
-        return tokenizer.encode(text[start : start + width])[: T + 1]
+    A side whose result is in out/bench/race already, with the same options, does not train again.
+    """
+    sides = tomllib.loads(RACES.read_text("utf-8")).get(config.dataset)
+    if not sides:
+        raise UserError(f"dataset={config.dataset} is not in {RACES}; add its sides there")
+    if not config.nanogpt:
+        raise UserError("nanogpt is empty; name a copy of https://github.com/karpathy/nanoGPT")
+    rows = open_dataset(Path("data", config.dataset))[0]["vocab_size"]
+    to, cells = Path("out/bench/race", config.dataset), []
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for side in sides:
+        name, is_ours = side["name"], side["program"] == "ours"
+        scratch = to / name.replace(" ", "_")
+        file = scratch.with_name(f"{scratch.name}.json")
+        result = json.loads(file.read_bytes()) if file.exists() else {}
+        if result.get("side") != side:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            saved = train_side(side, ROOT if is_ours else Path(config.nanogpt), rows, scratch)
+            curve = [{"minutes": minutes, **score(path, is_ours)} for minutes, path in saved]
+            result = {"side": side, **about(config), "curve": curve}
+            with atomic_write(file) as writing:
+                writing.write(json.dumps(result, indent=1).encode())
+            shutil.rmtree(scratch, ignore_errors=True)  # each checkpoint of phase 2 has 120 MB
+        curve = result["curve"]
+        minutes, bits = ([point[key] for point in curve] for key in ("minutes", "bits_per_byte"))
+        axes.plot(minutes, bits, marker=".", label=f"{name}: {bits[-1]:.3f}")
+        cells.append([name, f"{minutes[-1]:.1f}", f"{curve[-1]['loss']:.4f}", f"{bits[-1]:.4f}"])
+    axes.set_title(f"{config.dataset}: {result['machine']}, {result['date']}")
+    axes.set(xlabel="minutes since the program started", ylabel="validation loss (bits per byte)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, to.with_suffix(".png"))
+    print(markdown_table(["side", "minutes", "loss", "bits per byte"], cells, right={1, 2, 3}))
 
-    def time_loading(load: Callable) -> float:
-        random, cpu = np.random.default_rng(config.seed), torch.device("cpu")
-        return B * T / median_seconds(lambda: load(random.integers(len(ids) - T, size=B)), cpu)
 
-    loaders = {
-        "text, tokenized in each step": lambda starts: np.array([tokenize(i) for i in starts]),
-        "a slice per sequence": lambda starts: np.array([ids[i : i + T + 1] for i in starts], int),
-        "one gather (train.py)": lambda starts: gather(tokens, starts, T),
-    }
-    return {name: partial(time_loading, load) for name, load in loaders.items()}, 0
+def train_side(side: dict, folder: Path, vocab_size: int, to: Path) -> list[tuple[float, Path]]:
+    """Train for at most side["minutes"]; return the checkpoints, each with the minutes until it.
+
+    The speed is measured first, so that the learning rate's schedule ends in time.
+    """
+    options = asdict(configure(TrainConfig, side["options"].split()))
+    if not (steps := side.get("steps")):
+        before, seconds = time_steps(folder, options, vocab_size, 20)
+        steps = (0.96 * 60 * side["minutes"] - before) / seconds
+    interval = int(steps / SAVES)
+    steps = SAVES * interval
+    options |= dict(max_iters=steps, lr_decay_iters=steps, eval_interval=interval, eval_iters=1)
+    options |= dict(log_interval=interval, always_save_checkpoint=True)
+    print(f"{side['name']}: {steps:,} steps, at most {side['minutes']} minutes ...", flush=True)
+    written, saved, began = to / "ckpt.pt", [], time.time()
+    with start_training(folder, options, vocab_size, to) as process:
+        while process.poll() is None or written.exists():
+            time.sleep(WHOLE / 4)
+            if time.time() > began + 60 * side["minutes"]:
+                process.kill()
+                break
+            if written.exists() and time.time() > written.stat().st_mtime + WHOLE:
+                saved.append(written.rename(to / f"{len(saved)}.pt"))
+        output = process.stdout.read()
+    if not saved:
+        raise UserError(f"{folder}/train.py wrote no checkpoint: {output[-300:]}")
+    return [((path.stat().st_mtime - began) / 60, path) for path in saved]
+
+
+def score(checkpoint: Path, is_ours: bool) -> dict:
+    """Return what tools.evaluate says of a checkpoint, ours or nanoGPT's, on all of val.bin."""
+    words = [f"--out_dir={checkpoint.parent}", f"--checkpoint={checkpoint.name}"]
+    if not is_ours:
+        words = [f"--out_dir={checkpoint.with_suffix('')}"]
+        run_tool("import_nanogpt", f"--checkpoint={checkpoint}", *words)
+    return json.loads(run_tool("evaluate", *words).splitlines()[-1])
+
+
+def run_tool(name: str, *words: str) -> str:
+    """Return what a program of tools/ prints. Raises UserError if it fails."""
+    command = [sys.executable, "-m", f"tools.{name}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise UserError(f"tools.{name} {' '.join(words)} failed: {done.stderr[-300:]}")
+    return done.stdout
 
 
 # Generation, by models with new weights
@@ -185,34 +282,40 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-# Functions that return {side: a function that measures its tokens per second}, operations per token
-BENCHMARKS = {"throughput": throughput, "loader": loader, "generate": generate}
-
-
-@runtime.explain_out_of_memory()
-def main(config: BenchConfig) -> None:
-    sides, flops = BENCHMARKS[config.what](config)
-    to = Path("out/bench", config.what)
-    print(f"measuring {'; '.join(sides)} for {to}.jsonl and {to}.png ...", flush=True)
-    rounds = [[time_side() for time_side in sides.values()] for _ in range(config.rounds)]
-    speeds = dict(zip(sides, map(median, zip(*rounds, strict=True)), strict=True))
-    speeds |= CONSUMERS if config.what == "loader" else {}
-    rows = [{"what": name, "tokens_per_second": round(speed)} for name, speed in speeds.items()]
-    for row in rows if flops else ():
-        row["gflops"] = round(flops * speeds[row["what"]] / 1e9, 1)
-        for peak in [name for name in speeds if name.endswith("product")]:
-            row[f"share_of_{peak.replace(' ', '_')}"] = round(speeds[row["what"]] / speeds[peak], 3)
+def about(config: BenchConfig) -> dict[str, str]:
+    """Return what a measurement was made with: date, command, machine and versions."""
     device, cpu = resolve_device(config.device), torch.cpu.get_capabilities().get("cpu_name", "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    about = {
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "command": f"python -m tools.bench {' '.join(sys.argv[1:])}",
         "machine": f"{name or platform.machine()}, {torch.get_num_threads()} CPU threads",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
+
+
+# Functions that return {side: a function that measures its tokens per second}, operations per token
+BENCHMARKS = {"throughput": throughput, "generate": generate}
+
+
+@runtime.explain_out_of_memory()
+def main(config: BenchConfig) -> None:
+    if config.what == "race":
+        return race(config)
+    sides, flops = BENCHMARKS[config.what](config)
+    to = Path("out/bench", config.what)
+    print(f"measuring {'; '.join(sides)} for {to}.jsonl and {to}.png ...", flush=True)
+    rounds = [[time_side() for time_side in sides.values()] for _ in range(config.rounds)]
+    speeds = dict(zip(sides, map(median, zip(*rounds, strict=True)), strict=True))
+    rows = [{"what": name, "tokens_per_second": round(speed)} for name, speed in speeds.items()]
+    for row in rows if flops else ():
+        row["gflops"] = round(flops * speeds[row["what"]] / 1e9, 1)
+        for peak in [name for name in speeds if name.endswith("product")]:
+            row[f"share_of_{peak.replace(' ', '_')}"] = round(speeds[row["what"]] / speeds[peak], 3)
+    facts = about(config)
     with atomic_write(to.with_suffix(".jsonl")) as file:
-        file.writelines(json.dumps(record).encode() + b"\n" for record in (about, *rows))
-    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+        file.writelines(json.dumps(record).encode() + b"\n" for record in (facts, *rows))
+    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     header = [key.replace("_", " ") for key in rows[0]]
     cells = [[v if isinstance(v, str) else f"{v:,}" for v in row.values()] for row in rows]
     print(markdown_table(header, cells, right=set(range(1, len(header)))))
@@ -220,10 +323,8 @@ def main(config: BenchConfig) -> None:
     axes = figure.subplots()
     axes.bar_label(axes.barh(list(speeds), list(speeds.values())), fmt="{:,.0f}", padding=3)
     axes.set(
-        title=f"{config.what}: {about['machine']}, {about['date']}", xlabel="tokens per second"
+        title=f"{config.what}: {facts['machine']}, {facts['date']}", xlabel="tokens per second"
     )
-    if max(speeds.values()) > 50 * min(speeds.values()):
-        axes.set_xscale("log")
     axes.margins(x=0.25)  # for the numbers behind the bars
     axes.invert_yaxis()  # the first row at the top
     save_figure(figure, to.with_suffix(".png"))
@@ -231,5 +332,5 @@ def main(config: BenchConfig) -> None:
 
 if __name__ == "__main__":
     words = [word.removeprefix("--config=") for word in sys.argv[1:]]
-    words = [f"--what={word}" if word in BENCHMARKS else word for word in words]
+    words = [f"--what={word}" if word in (*BENCHMARKS, "race") else word for word in words]
     run(main, configure(BenchConfig, words))
