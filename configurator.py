@@ -9,9 +9,9 @@ comment behind it is what --help prints:
 
     config = configure(Options)    # python script.py config/big.py --batch_size=64
 
-Arguments apply from left to right. A config file is Python that assigns to option names. It sees
-their current values; its own names begin with an underscore. In a text, ~/ at the start is the home
-folder, and an argument of nothing but \\n is a line break.
+Arguments apply from left to right. A config file is Python that assigns to option names. The file
+sees the current values; names of its own begin with an underscore. In a text option, ~/ at the
+start is the home folder, and a value of nothing but \\n is a line break.
 """
 
 import ast
@@ -121,9 +121,7 @@ def read_config_file(path: str, values: dict, accepted: dict) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file; options begin with --")
     if Path(path).suffix != ".py":
-        raise UserError(
-            f"{path}: a config file is Python, as n_layer = 4, and its name ends in .py"
-        )
+        raise UserError(f"{path}: a config file is Python, as n_layer = 4; its name ends in .py")
     namespace = {**values, "__name__": "config", "__file__": path}
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)

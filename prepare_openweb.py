@@ -90,7 +90,7 @@ def main(config: PrepareConfig) -> None:
         if not progress.complete:
             writer = corpus.Writer(folder, progress, parse_size(config.size), config.num_threads)
         for number, (path, url) in enumerate(shards.items()):
-            is_enough = progress.complete or progress.text_bytes >= parse_size(config.size)
+            is_enough = progress.complete or progress.text_bytes >= writer.limit
             if number >= progress.shards and not is_enough:
                 if url:
                     download(url, path)
@@ -116,10 +116,9 @@ def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
         shards = {Path("data/cache", config.source, Path(url).name): url for url in urls}
         return shards, {"source": files.rpartition("/")[0]} | options
     paths = []
-    names = (
-        [config.input] if os.path.exists(config.input) else map(str.strip, config.input.split(","))
-    )
-    for path in map(Path, [*filter(None, names)] or [config.input]):
+    parts = filter(None, map(str.strip, config.input.split(",")))
+    names = [config.input] if os.path.exists(config.input) else [*parts]
+    for path in map(Path, names or [config.input]):
         files = files_below(path) if path.is_dir() else [path]
         found = [file for file in files if format_of(file) and file.exists()]
         if not found:
@@ -140,7 +139,7 @@ def is_prepared(folder: Path, options: dict) -> bool:
         return False
     change = "damaged files"
     with suppress(UserError, OSError):
-        change = corpus.difference(open_dataset(folder)[0]["source"], options)
+        change = corpus.difference(open_dataset(folder)[0].get("source", {}), options)
     again = f"was prepared with {change}; preparing it again ..."
     print(folder, again if change else "is there already; remove it to prepare it again")
     return not change
@@ -152,8 +151,8 @@ def make_tokenizer(config: PrepareConfig, shards: dict[Path, str]) -> BPETokeniz
         print(f"training a tokenizer of {config.vocab_size:,} tokens on up to 32 MB of text ...")
         return BPETokenizer.train(training_sample(config, shards), config.vocab_size)
     tokenizer = find_tokenizer(config.tokenizer)
-    if not isinstance(tokenizer, BPETokenizer) or tokenizer.vocab_size > 1 << 16:
-        raise UserError(f"tokenizer={config.tokenizer}: not BPE with at most 65,536 tokens")
+    if getattr(tokenizer, "end_of_text", None) is None or tokenizer.vocab_size > 1 << 16:
+        raise UserError(f"{config.tokenizer}: not BPE with at most 65,536 tokens and <|endoftext|>")
     return tokenizer
 
 

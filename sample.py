@@ -42,9 +42,8 @@ class SampleConfig:
         check_range(self, 1e-12, 1, "top_p")
         check_range(self, 0, (1 << 63) - 1, "seed")
         if self.temperature == 0 and self.num_samples > 1:
-            raise UserError(
-                f"temperature=0 writes one text; num_samples={self.num_samples} needs more"
-            )
+            more = f"num_samples={self.num_samples} needs more"
+            raise UserError(f"temperature=0 writes one text; {more}")
 
 
 @runtime.explain_out_of_memory()

@@ -9,8 +9,8 @@ Reads data/<dataset>/ and writes to out_dir:
     ckpt.pt      the last saved state: resume the run from it, or sample from it
     best.pt      the weights with the lowest validation loss
     log.jsonl    a JSON object per logged step, evaluation and sample
-    samples.md   texts that the model wrote along the way      } drawn from log.jsonl
-    loss.png     training and validation loss                  } at the end
+    samples.md   texts that the model wrote along the way   (made from log.jsonl at the end)
+    loss.png     training and validation loss               (made from log.jsonl at the end)
 """
 
 import itertools
@@ -250,9 +250,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
         f"{model.num_params():,} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
         f"{shape.n_embd} wide, context {T}, vocabulary {shape.vocab_size:,}\n"
         f"{tokens_per_step:,} tokens per step, {steps_per_epoch:,.1f} steps per epoch, "
-        f"{config.max_iters:,} steps = {epochs:.1f} epochs of "
-        f"data/{config.dataset}\n{device} x {processes.count}, {runtime.dtype_name(dtype)}, "
-        f"{config.optimizer}"
+        f"{config.max_iters:,} steps = {epochs:.1f} epochs of data/{config.dataset}\n"
+        f"{device} x {processes.count}, {runtime.dtype_name(dtype)}, {config.optimizer}"
     )
     batches = partial(micro_batches, train_tokens, config, T, device)
     upcoming = batches(micros, first_step)
@@ -297,9 +296,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
                 saved_at = time.perf_counter()
             if stop:
                 log.say(f"saved and stopped after step {step:,}; continue: --init_from=resume")
-                sys.exit(
-                    128 + (signals or [signal.SIGTERM])[0]
-                )  # no signal here: another process got it
+                # Without a signal here, another process got it.
+                sys.exit(128 + (signals or [signal.SIGTERM])[0])
             if done:
                 break
 

@@ -63,10 +63,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path}: no such checkpoint; train first, or name a run with --out_dir")
     try:
         if not zipfile.is_zipfile(path):
-            with open(path, "rb") as file:
-                start = file.read(12)
             hint = "a folder in Hugging Face's format is read with --init_from=FOLDER"
-            raise UserError(f"torch did not write it, or it is cut: it begins with {start}; {hint}")
+            raise UserError(f"torch did not write it, or it is cut; {hint}")
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums inside
             if archive.testzip():
                 raise UserError("a checksum inside is wrong; take another copy of it")

@@ -1,4 +1,4 @@
-"""From documents to token files: clean them, share them out, write train.bin and val.bin.
+"""From documents to token files: drop short and repeated ones, and write train.bin and val.bin.
 
 `Writer` appends to files called NAME.part. progress.json says how many bytes of each file count.
 So the work can be interrupted: the next run cuts off what was written after the last save.
@@ -142,31 +142,26 @@ class Writer:
                 break
 
     def complete(self, tokenizer: BPETokenizer) -> None:
-        """Correct the share of validation, if it is far from val_fraction, and save.
+        """Correct the share of validation, if it is off by over a quarter, and save.
 
         A document's hash decides where it goes, so few or very long documents give any share: then
         one file's last tokens move to the other. Raises UserError if there is no text at all.
         """
-        self.progress.complete = True
-        self.balance(tokenizer)
-        self.save()
-
-    def balance(self, tokenizer: BPETokenizer) -> None:
-        """Move tokens between the ends of the two files if the share is off by over a quarter."""
         train, val = self.files["train.bin"], self.files["val.bin"]
         n_train, n_val = (file.tell() // TOKEN.itemsize for file in (train, val))
         total = n_train + n_val
         wanted = min(max(1, round(self.progress.options["val_fraction"] * total)), total - 1)
-        if total < 2 or abs(n_val - wanted) <= wanted / 4:
-            return
-        source, target = (train, val) if n_val < wanted else (val, train)
-        end = source.tell() - abs(n_val - wanted) * TOKEN.itemsize
-        source.flush()
-        ids = np.fromfile(source.name, dtype=TOKEN, offset=end)
-        target.write(ids.tobytes())
-        text = tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text].tolist())
-        self.progress.val_bytes += len(text) if target is val else -len(text)
-        source.seek(end)  # `finish` cuts the file off there, after this is saved
+        if total > 1 and abs(n_val - wanted) > wanted / 4:
+            source, target = (train, val) if n_val < wanted else (val, train)
+            end = source.tell() - abs(n_val - wanted) * TOKEN.itemsize
+            source.flush()
+            ids = np.fromfile(source.name, dtype=TOKEN, offset=end)
+            target.write(ids.tobytes())
+            text = tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text].tolist())
+            self.progress.val_bytes += len(text) if target is val else -len(text)
+            source.seek(end)  # `finish` cuts the file off there, after this is saved
+        self.progress.complete = True
+        self.save()
 
     def save(self) -> None:
         """Record on the disk what is done."""

@@ -127,9 +127,7 @@ def guess_layout(ids: np.ndarray, vocab_size: int) -> tuple[np.dtype, int]:
     return np.dtype(">u2") if is_big_endian else TOKEN, offset
 
 
-def eval_parts(
-    train: Tokens, val: Tokens, block_size: int, limit: int
-) -> list[tuple[Tokens, np.ndarray]]:
+def eval_parts(train: Tokens, val: Tokens, block_size: int, limit: int) -> list[tuple]:
     """Return what an evaluation reads: train and val, each with the offsets of its sequences.
 
     Those of val.bin follow each other without gaps, so that each token but the first is a target
@@ -183,20 +181,23 @@ def describe_nanogpt(folder: Path) -> dict:
         text, name = quote(folder / "input.txt"), quote(folder.name)
         command = f"prepare_shakespeare.py --input={text} --dataset={name}"
         raise UserError(f"{folder / 'meta.pkl'}: pickles are unsafe; run python {command}")
-    train, val = Tokens(folder / "train.bin"), np.fromfile(folder / "val.bin", dtype=TOKEN)
-    start = train.open()[: 1 << 20]
+    start, val = Tokens(folder / "train.bin").open()[: 1 << 20], Tokens(folder / "val.bin").open()
     # In any text some of GPT-2's ids are higher. Only small bytes: characters or ids of 8 bits.
     if start.max() < 1000 or (start % 256).max() < 128:
         raise UserError(f"{folder}: has no meta.json, and its ids are not GPT-2's; {PREPARE}")
     tokenizer = BPETokenizer.gpt2()
     val_bytes = len(tokenizer.decode_bytes(val[val < tokenizer.end_of_text].tolist()))
+    return describe(folder, tokenizer, val_bytes) | {"sha256": {}}
+
+
+def describe(folder: Path, tokenizer: Tokenizer, val_bytes: int) -> dict:
+    """Return what meta.json says of a train.bin and val.bin, but for their source and sha256."""
     return {
         "tokenizer": tokenizer.to_dict(),
         "vocab_size": tokenizer.vocab_size,
-        "train_tokens": len(train),
-        "val_tokens": len(val),
+        "train_tokens": len(Tokens(folder / "train.bin")),
+        "val_tokens": len(Tokens(folder / "val.bin")),
         "val_bytes": val_bytes,
-        "sha256": {},
     }
 
 
@@ -218,15 +219,8 @@ def write_dataset(
 
 def write_meta(folder: Path, tokenizer: Tokenizer, val_bytes: int, source: dict) -> None:
     """Write meta.json for the train.bin and val.bin that are in `folder`."""
-    meta = {
-        "tokenizer": tokenizer.to_dict(),
-        "vocab_size": tokenizer.vocab_size,
-        "train_tokens": len(Tokens(folder / "train.bin")),
-        "val_tokens": len(Tokens(folder / "val.bin")),
-        "val_bytes": val_bytes,
-        "source": source,
-        "sha256": {name: file_sha256(folder / name) for name in ("train.bin", "val.bin")},
-    }
+    sha256 = {name: file_sha256(folder / name) for name in ("train.bin", "val.bin")}
+    meta = describe(folder, tokenizer, val_bytes) | {"source": source, "sha256": sha256}
     with atomic_write(folder / "meta.json") as file:
         # A file's name may have bytes that are not UTF-8; JSON has an escape for them.
         text = json.dumps(meta, indent=2, ensure_ascii=False)

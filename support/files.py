@@ -19,11 +19,9 @@ from tqdm.auto import tqdm
 from support.tokenizer import END_OF_TEXT
 
 MARKS = {  # byte order marks; that of UTF-32 begins with that of UTF-16
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+    "utf-8-sig": codecs.BOM_UTF8,
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 CONVERT = "convert it, as in: iconv -f CP1252 -t UTF-8 old.txt > new.txt (or -f UTF-16LE)"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1 without tab and newline
@@ -111,7 +109,7 @@ def file_sha256(path: Path) -> str:
 
 def encoding_of(start: bytes) -> str:
     """Return the encoding of a text by the byte order mark at its start; without one, UTF-8."""
-    return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
+    return next((name for name, marks in MARKS.items() if start.startswith(marks)), "utf-8")
 
 
 def clean(text: str) -> str:

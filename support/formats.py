@@ -25,7 +25,7 @@ COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", "": None}
 TXT_DOCUMENT = 100_000  # characters; a longer text file is split, if possible at ends of lines
 END = re.compile(re.escape(END_OF_TEXT) + r"(?:\r\n?|\n)?")  # `clean` removes this line end, too
 SURROGATE = re.compile("[\ud800-\udfff]")  # what a byte that is not UTF-8 becomes
-BROKEN = re.compile("[\0\x1b\ud800-\udfff]")  # 0 and Escape are frequent in UTF-16 and ISO-2022
+BROKEN = re.compile("([\0\x1b\ud800-\udfff])")  # 0 and Escape are frequent in UTF-16 and ISO-2022
 MENDED = "mended: characters that were not UTF-8"
 
 
@@ -68,9 +68,8 @@ def read_documents(path: Path, column: str, counts: Counter) -> Iterator[str]:
                 continue
             n_characters += len(row)
             if is_broken(row):
-                broken = BROKEN.search(row)
-                before = row[max(0, broken.start() - 20) : broken.start()]
-                first = first or f"byte 0x{ord(broken[0]) & 0xFF:02x} after {before!r}"
+                before, broken, _ = BROKEN.split(row, maxsplit=1)
+                first = first or f"byte 0x{ord(broken) & 0xFF:02x} after {before[-20:]!r}"
                 n_broken += len(BROKEN.findall(row))
                 row, n = SURROGATE.subn("\ufffd", row)
                 counts[MENDED] += n

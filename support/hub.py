@@ -88,7 +88,7 @@ def download_model(name: str) -> str:
     source, _, revision = name.partition("@")
     if source in REVISIONS:
         source, revision = f"openai-community/{source}", revision or REVISIONS[source]
-    elif "/" not in source:
+    elif "/" not in source or Path(source).parent.is_dir():  # out/nope is meant as a folder
         raise UserError(f"no such folder or model; use {', '.join(REVISIONS)} or owner/name")
     files = {"allow_patterns": ["*.json", "*.txt", "*.safetensors"], "ignore_patterns": "*/*"}
     return snapshot_download(source, revision=revision or None, **files)

@@ -127,7 +127,7 @@ class Log:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._tell_trackers(lambda tracker: tracker.log(figures, step))
+        self._tell_trackers(lambda tracker: tracker.log(figures, step=step))
 
     def _tell_trackers(self, tell: Callable) -> None:
         """Call tell(tracker) for each tracker. One that fails is left out from then on."""
@@ -152,17 +152,12 @@ class Wandb:
                 id_file.write_text(secrets.token_hex(4), "utf-8")
             same = {"id": id_file.read_text("utf-8"), "resume": "allow"}  # allow: or begin it
             names = {"project": config.wandb_project, "name": config.wandb_run_name}
-            self.run = wandb.init(config=asdict(config), **names, **same)
+            run = wandb.init(config=asdict(config), **names, **same)
         except ImportError:
             raise UserError("wandb_log=True needs: pip install wandb") from None
         except Exception as error:  # no key, no network, ...
             raise UserError(f"wandb: {one_line(error)[:200]}; or use --wandb_log=False") from error
-
-    def log(self, figures: dict, step: int) -> None:
-        self.run.log(figures, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+        self.log, self.close = run.log, run.finish
 
 
 class TensorBoard:
@@ -175,6 +170,7 @@ class TensorBoard:
             raise UserError("tensorboard_log=True needs: pip install tensorboard") from None
         # Hides what an interrupted run logged after the checkpoint: it is computed again.
         self.writer = SummaryWriter(config.out_dir, purge_step=first_step + 1)
+        self.close = self.writer.close
 
     def log(self, figures: dict, step: int) -> None:
         for name, value in figures.items():
@@ -182,9 +178,6 @@ class TensorBoard:
                 self.writer.add_text(name, value, step)
             elif value is not None:
                 self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 def shorten(text: str, width: int = 44) -> str:

@@ -22,17 +22,15 @@ def make_optimizers(model: GPT, config, dtype: torch.dtype) -> list[torch.optim.
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]  # of the blocks
     outside = [p for p in model.parameters() if p.dim() == 2 and p not in set(hidden)]
     vectors = [p for p in model.parameters() if p.dim() == 1]  # biases and LayerNorms: no decay
-    optimizers = []
-    if config.optimizer == "muon":
-        rates = (config.muon_lr, config.weight_decay, config.muon_momentum)
-        optimizers.append(Muon(hidden, *rates, dtype))
-    matrices = outside if config.optimizer == "muon" else hidden + outside
+    rates = (config.muon_lr, config.weight_decay, config.muon_momentum)
+    muon = [Muon(hidden, *rates, dtype)] if config.optimizer == "muon" else []
+    matrices = outside if muon else hidden + outside
     adamw_groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     rates = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    optimizers.append(torch.optim.AdamW(adamw_groups, **rates, fused=True))
+    optimizers = [*muon, torch.optim.AdamW(adamw_groups, **rates, fused=True)]
     all_groups = [group for o in optimizers for group in o.param_groups]
     assert {p for g in all_groups for p in g["params"]} == set(model.parameters())
     for group in all_groups:
@@ -90,7 +88,6 @@ def orthogonalize(x: Tensor) -> Tensor:
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]  # no singular value above 1
     for _ in range(5):
         gram = x @ x.mT  # (N, rows, rows)
-        x = torch.baddbmm(
-            x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445
-        )
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x

@@ -40,9 +40,8 @@ def markdown_table(header: list[str], rows: list[list[str]], right: set[int] = f
     """Return a Markdown table; the columns in `right` are aligned to the right."""
     columns = list(zip(header, *rows, strict=True))
     widths = [max(3, *map(len, column)) for column in columns[:-1]] + [0]  # the last is not padded
-    rule = [
-        "-" * max(2, w - 1) + ":" if i in right else "-" * max(3, w) for i, w in enumerate(widths)
-    ]
+    dashes = ["-" * max(3, width) for width in widths]
+    rule = [line[:-1] + ":" if i in right else line for i, line in enumerate(dashes)]
     lines = []
     for row in (header, rule, *rows):
         pad = [str.rjust if i in right else str.ljust for i in range(len(row))]

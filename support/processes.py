@@ -22,8 +22,8 @@ class Processes:
     """
 
     def __init__(self, device: str = "auto", backend: str = "auto") -> None:
-        self.distributed = bool(os.environ.get("RANK"))
-        self.rank = int(os.environ.get("RANK") or 0)
+        self.distributed = os.environ.get("RANK", "").isdecimal()  # torchrun's is a number
+        self.rank = int(os.environ["RANK"]) if self.distributed else 0
         self.count = int(os.environ.get("WORLD_SIZE") or 1) if self.distributed else 1
         self.is_first = self.rank == 0  # the only one that writes and prints
         self.device = resolve_device(device)

@@ -28,9 +28,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(
-            f"device={name} is not a device; use auto, cpu, cuda, cuda:1 or mps"
-        ) from None
+        raise UserError(f"device={name} is not a device; use auto, cpu, cuda or mps") from None
     count = counts.get(device.type, 0)
     if (device.index or 0) >= count:
         raise UserError(f"device={name}: torch finds {count} of these here; use --device=auto")
@@ -156,9 +154,7 @@ def explain_out_of_memory(batch_size: int = 0, accumulation: int = 0) -> Iterato
         raise UserError(f"{what}; {advice}") from error
 
 
-def compile_model(
-    model: nn.Module, config, batch: tuple[Tensor, Tensor], precision, processes
-) -> Callable:
+def compile_model(model: nn.Module, config, batch: tuple, precision, processes) -> Callable:
     """Return the compiled model or, where that fails or does not pay, the model as it is.
 
     A forward and backward pass over `batch`, x and y, shows whether it can be compiled.

@@ -1,4 +1,4 @@
-"""Where a run starts: with new weights, with a pretrained GPT-2, or at its own checkpoint."""
+"""Where a run starts: with new weights, with those of another model, or at its own checkpoint."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from support.hub import load_pretrained
 from support.processes import Processes
 from support.tokenizer import Tokenizer
 
-OWN = ("scratch", "resume", "auto")  # any other init_from names a pretrained GPT-2
+OWN = ("scratch", "resume", "auto")  # any other init_from names a pretrained GPT-2 or a run
 SHAPE = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]
 
 

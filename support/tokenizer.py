@@ -16,7 +16,6 @@ import numpy as np
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-AGAIN = "prepare the data set again"
 # GPT-2 first splits text into words, then merges bytes inside each word: no token spans two words
 # (https://github.com/openai/gpt-2/blob/master/src/encoder.py, `self.pat`).
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -35,10 +34,7 @@ class CharTokenizer(Tokenizer):
     """One token per character; the id of a character is its position in the sorted alphabet."""
 
     def __init__(self, chars: str) -> None:
-        if list(chars) != sorted(set(chars)) or not chars:
-            raise UserError(
-                f"character tokenizer: {chars[:40]!r} is not a sorted alphabet; {AGAIN}"
-            )
+        assert list(chars) == sorted({*chars}) and chars, f"{chars!r:.40} is not a sorted alphabet"
         self.chars, self.vocab_size = chars, len(chars)
         self.ids = {char: i for i, char in enumerate(chars)}
 
@@ -80,11 +76,8 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = len(tokens) + len(self.special)
         self.ids = sorted({*range(self.vocab_size)} - {*self.special.values()})  # of the tokens
         ranks = dict(zip(tokens, self.ids, strict=False))
-        complete = len(ranks) == len(self.ids) == len(tokens)
-        if not complete or not ranks.keys() >= {bytes([i]) for i in range(256)}:
-            raise UserError(
-                f"BPE tokenizer: a single byte is missing or a token occurs twice; {AGAIN}"
-            )
+        assert len(ranks) == len(self.ids) == len(tokens), "a token occurs twice"
+        assert ranks.keys() >= {bytes([i]) for i in range(256)}, "a single byte is missing"
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special
         )
@@ -146,7 +139,8 @@ def from_dict(fields: dict) -> CharTokenizer | BPETokenizer:
         tokens = [token.encode("latin-1") for token in fields["tokens"]]
         return BPETokenizer(tokens, fields.get("special"))
     except (LookupError, TypeError, AttributeError, AssertionError, UnicodeError) as error:
-        raise UserError(f"damaged tokenizer ({one_line(error)[:100]}); {AGAIN}") from error
+        reason = one_line(error)[:100]
+        raise UserError(f"damaged tokenizer ({reason}); prepare the data set again") from error
 
 
 # Tokenizers in Hugging Face's format. Not in hub.py: preparing a text must not load torch.
@@ -183,9 +177,8 @@ def load_tokenizer(folder: str) -> Tokenizer:
     theirs = import_transformers().AutoTokenizer.from_pretrained(folder, **SAFE)
     try:
         names = sorted(vocab := theirs.get_vocab(), key=vocab.get)
-        special = {
-            name: vocab[name] for name in {*theirs.get_added_vocab(), END_OF_TEXT} & {*names}
-        }
+        added = {*theirs.get_added_vocab(), END_OF_TEXT} & {*names}
+        special = {name: vocab[name] for name in added}
         while "pad" in names[-1].lower() and names[-1] in special:  # these never occur in a text
             del special[names.pop()]
         plain = [name for name in names if name not in special]

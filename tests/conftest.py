@@ -42,12 +42,18 @@ TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(
 
 
 @pytest.fixture
-def dataset(tmp_path, monkeypatch) -> Path:
-    """The folder data/tiny, prepared from TEXT. The working directory is the parent of data/."""
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty working directory."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.txt").write_text(TEXT, encoding="utf-8", newline="\n")
+    return tmp_path
+
+
+@pytest.fixture
+def dataset(place) -> Path:
+    """The folder data/tiny, prepared from TEXT. The working directory is the parent of data/."""
+    (place / "tiny.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     prepare_shakespeare.main(prepare_shakespeare.PrepareConfig(input="tiny.txt", dataset="tiny"))
-    return tmp_path / "data" / "tiny"
+    return place / "data" / "tiny"
 
 
 @pytest.fixture

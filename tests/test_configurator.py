@@ -141,11 +141,8 @@ def test_what_a_shell_passes_is_understood(monkeypatch):
     monkeypatch.setenv("USERPROFILE", "/home/me")  # of Windows
     more = read_options(MoreOptions, ["--steps", "5", "--flag", "--prompt=\\n\\n", "--name", "~/a"])
     assert (more.steps, more.flag, more.prompt, more.name) == (5, True, "\n\n", "/home/me/a")
-    assert (
-        not read("--flag", "false").flag
-        and read("--compile", "auto", "--flag").flag
-        and read("--name=a\\new").name == "a\\new"
-    )
+    assert not read("--flag", "false").flag and read("--compile", "auto", "--flag").flag
+    assert read("--name=a\\new").name == "a\\new"
     with pytest.raises(UserError, match="--steps needs a value"):
         read("--steps", "--flag")
 
@@ -160,9 +157,8 @@ def test_help_may_be_cut_by_head():
 def test_an_old_python_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
     monkeypatch.setattr(sys, "version", "3.10.1 (main)")
-    with pytest.raises(
-        SystemExit, match=r"^error: this is Python 3\.10\.1; use Python 3\.11 or newer$"
-    ):
+    words = r"^error: this is Python 3\.10\.1; use Python 3\.11 or newer$"
+    with pytest.raises(SystemExit, match=words):
         runpy.run_path(str(ROOT / "configurator.py"))
 
 

@@ -14,10 +14,7 @@ import train
 OPTIONS = [  # refused before anything is read; exit code 2
     ("train.py --batch_size=0", "batch_size=0 must be at least 1"),
     ("train.py --log_interval=0", "log_interval=0 must be at least 1"),
-    (
-        "train.py --gradient_accumulation_steps=0",
-        "gradient_accumulation_steps=0 must be at least 1",
-    ),
+    ("train.py --gradient_accumulation_steps=0", "gradient_accumulation_steps=0 must be at least"),
     ("train.py --max_iters=-1", "max_iters=-1 must be at least 0"),
     ("train.py --dropout=1", "dropout=1.0 must be at least 0"),
     ("train.py --learning_rate=0", "learning_rate=0.0 must be at least 1e-12"),

@@ -34,17 +34,9 @@ def tokens(*shape: int) -> torch.Tensor:
 def reference(model: GPT) -> GPT2LMHeadModel:
     """Return transformers' GPT-2 with the same weights; its linear layers store them transposed."""
     c = model.config
-    hf = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=c.vocab_size,
-            n_positions=c.block_size,
-            n_embd=c.n_embd,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            tie_word_embeddings=c.tie_weights,
-            attn_implementation="eager",
-        )
-    ).eval()
+    shape = dict(vocab_size=c.vocab_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
+    shape |= dict(n_positions=c.block_size, tie_word_embeddings=c.tie_weights)
+    hf = GPT2LMHeadModel(GPT2Config(**shape, attn_implementation="eager")).eval()
     ours = model.state_dict()
     with torch.no_grad():
         for name, p in hf.named_parameters():
@@ -70,9 +62,8 @@ def test_logits_and_gradients_equal_transformers(tie_weights):
     assert len(ours_by_name) == len(list(theirs.parameters()))
     for name, p in theirs.named_parameters():
         gradient = ours_by_name[name].grad
-        torch.testing.assert_close(
-            gradient.t() if is_transposed(name) else gradient, p.grad, rtol=1e-3, atol=1e-5
-        )
+        gradient = gradient.t() if is_transposed(name) else gradient
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_targets_of_minus_one_do_not_count():
@@ -94,11 +85,9 @@ def test_logits_do_not_change_when_a_later_token_changes():
 
 
 def test_gradient_reaches_every_earlier_position_and_no_later_one():
-    model = small_model()
-    embedded = []
-    model.transformer.drop.register_forward_hook(
-        lambda *args: embedded.append(args[-1]) or args[-1].retain_grad()
-    )
+    model, embedded = small_model(), []
+    keep = lambda *args: embedded.append(args[-1]) or args[-1].retain_grad()  # noqa: E731
+    model.transformer.drop.register_forward_hook(keep)
     for t in range(24):
         model(tokens(1, 24))[0][0, t].square().sum().backward()
         reached = embedded.pop().grad[0].abs().sum(dim=-1) > 0
@@ -130,22 +119,16 @@ def test_attention_equals_scaled_dot_product_attention(bf16):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-@pytest.mark.parametrize(
-    "part", ["attention weights", "embedding", "attention output", "mlp output"]
-)
+@pytest.mark.parametrize("part", ["transformer.drop", "resid_dropout", "mlp.dropout", "weights"])
 def test_every_dropout_is_active_in_training_only(part):
+    """The last one is that of the attention weights, which is no module."""
     model, x = small_model(dropout=0.5), tokens(2, 24)
     assert torch.equal(model(x)[0], model(x)[0])
     model.train()
-    places = {
-        "embedding": "transformer.drop",
-        "attention output": "attn.resid_dropout",
-        "mlp output": "mlp.dropout",
-    }
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and not name.endswith(places.get(part, "none")):
+        if isinstance(module, torch.nn.Dropout) and not name.endswith(part):
             module.p = 0.0
-        if isinstance(module, model_module.CausalSelfAttention) and part != "attention weights":
+        if isinstance(module, model_module.CausalSelfAttention) and part != "weights":
             module.dropout = 0.0
     assert not torch.equal(model(x)[0], model(x)[0])
 
@@ -159,9 +142,7 @@ def test_initial_weights_have_the_spread_of_gpt2():
         elif p.dim() == 2:
             assert p.std().item() == pytest.approx(0.02, rel=0.05)
         else:
-            assert torch.equal(
-                p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)
-            )
+            assert (p == (0 if name.endswith("bias") else 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -221,9 +202,8 @@ def test_cached_generation_equals_recomputing_the_context_also_past_block_size(p
 
 def test_cache_is_used():
     model, lengths = small_model(), []
-    model.transformer.wte.register_forward_hook(
-        lambda _module, args, _output: lengths.append(args[0].size(1))
-    )
+    note = lambda _module, args, _output: lengths.append(args[0].size(1))  # noqa: E731
+    model.transformer.wte.register_forward_hook(note)
     list(model.generate(tokens(1, 5), 10, temperature=0))
     assert lengths == [5] + [1] * 9
 
@@ -249,10 +229,8 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(temperature, to
     if top_p:
         kept = TopPLogitsWarper(top_p)(None, kept)
     expected = kept.softmax(-1)[0]
-    n = 20_000
-    drawn = sample_token(
-        logits.expand(n, -1), temperature=temperature, top_k=top_k, top_p=top_p
-    ).flatten()
+    n, options = 20_000, dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    drawn = sample_token(logits.expand(n, -1), **options).flatten()
     frequency = torch.bincount(drawn, minlength=30) / n
     assert not frequency[expected == 0].any()
     torch.testing.assert_close(frequency, expected, rtol=0, atol=0.02)
@@ -260,13 +238,9 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(temperature, to
 
 def test_other_devices_take_the_fused_attention(monkeypatch):
     """What a GPU runs is `scaled_dot_product_attention`; the meta device stands for one here."""
-    calls = []
-    fused = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        model_module.F,
-        "scaled_dot_product_attention",
-        lambda *a, **k: calls.append(k) or fused(*a, **k),
-    )
+    calls, fused = [], F.scaled_dot_product_attention
+    watched = lambda *a, **k: calls.append(k) or fused(*a, **k)  # noqa: E731
+    monkeypatch.setattr(model_module.F, "scaled_dot_product_attention", watched)
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMALL))
         caches = [model_module.KVCache(SMALL["block_size"]) for _ in range(3)]

@@ -36,10 +36,8 @@ def test_the_colab_notebook_runs_from_its_first_to_its_last_cell(tmp_path):
             cell.source = cell.source.replace(old, new)
     ignored = shutil.ignore_patterns("data", "out", "hunt", ".*", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "gpt2", ignore=ignored)
-    (tmp_path / "text.txt").write_text(
-        "ROMEO: The\n" + "".join(f"{i} times {i % 97} is {i * (i % 97)}.\n" for i in range(6000)),
-        encoding="utf-8",
-    )
+    lines = "".join(f"{i} times {i % 97} is {i * (i % 97)}.\n" for i in range(6000))
+    (tmp_path / "text.txt").write_text(f"ROMEO: The\n{lines}", encoding="utf-8")
     printed = execute(notebook, tmp_path)
     assert "error: " not in printed and "Traceback" not in printed
     assert (tmp_path / "gpt2/out/phase1_quick/ckpt.pt").exists()

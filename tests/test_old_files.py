@@ -17,10 +17,9 @@ TEXT = "3 timesit863s s15e8175mstset e7434t5.t s7 44m63\n"  # printed by the ear
 
 
 @pytest.fixture
-def old_run(tmp_path, monkeypatch) -> Path:
-    shutil.copytree(ROOT / "tests" / "old", tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "out"
+def old_run(place) -> Path:
+    shutil.copytree(ROOT / "tests" / "old", place, dirs_exist_ok=True)
+    return place / "out"
 
 
 # without MKL, torch draws other random numbers

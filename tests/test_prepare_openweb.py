@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter, deque
 from configurator import UserError
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ import rustbpe
 from conftest import ROOT
 
 import prepare_openweb as prepare
-from support import corpus, tokenizer
+from support import corpus, data, tokenizer
 from support.files import clean
 from support.formats import read_documents
 
@@ -33,9 +34,8 @@ SHARD = "datasets/some/text/resolve/1/train-{:02}.parquet"
 def make_documents(n: int, seed: int = 0) -> list[str]:
     """Return texts of made-up words; some are short, some repeated, some need to be cleaned."""
     random.seed(seed)
-    words = [
-        "".join(random.choices("abcdefgh\u00e9\u4f60", k=random.randint(2, 8))) for _ in range(300)
-    ]
+    letters = "abcdefgh\u00e9\u4f60"
+    words = ["".join(random.choices(letters, k=random.randint(2, 8))) for _ in range(300)]
     documents = [" ".join(random.choices(words, k=random.randint(20, 400))) for _ in range(n)]
     documents[3] = documents[1]
     documents[5] = "short"
@@ -43,18 +43,15 @@ def make_documents(n: int, seed: int = 0) -> list[str]:
     return documents
 
 
-def parquet(documents: list[str | None], column: str = "text") -> bytes:
-    file = io.BytesIO()
-    pq.write_table(
-        pa.table({"id": range(len(documents)), column: documents}), file, row_group_size=20
-    )
+def parquet(documents: list[str | None]) -> bytes:
+    table, file = pa.table({"id": range(len(documents)), "text": documents}), io.BytesIO()
+    pq.write_table(table, file, row_group_size=20)
     return file.getvalue()
 
 
 @pytest.fixture
-def hub(server, tmp_path, monkeypatch):
+def hub(server, place, monkeypatch):
     """Return the documents of a small source of 6 shards on the test server."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setitem(prepare.SOURCES, "openwebtext", (SHARD, 6))
     monkeypatch.setattr(corpus, "SAVE_BYTES", 1)  # after every one of these small shards
@@ -161,10 +158,8 @@ def test_shards_come_one_at_a_time_and_none_beyond_the_size(hub, server, monkeyp
 
 def test_the_size_does_not_change_which_documents_are_for_validation(hub):
     first = run(dataset="first") / "meta.json"
-    small, large = (
-        run(size=size, dataset=size, tokenizer=str(first), val_fraction=0.3)
-        for size in ("300KB", "all")
-    )
+    same = {"tokenizer": str(first), "val_fraction": 0.3}
+    small, large = (run(size=size, dataset=size, **same) for size in ("300KB", "all"))
     assert read_meta(small)["tokenizer"] == read_meta(first.parent)["tokenizer"]
     for name in ("train.bin", "val.bin"):
         few, many = ((folder / name).read_bytes() for folder in (small, large))
@@ -197,8 +192,7 @@ def test_keep_shards_keeps_the_downloads_and_other_data_sets_delete_what_they_us
     assert "train-00.parquet" not in left and "train-05.parquet" in left
 
 
-def test_a_list_of_files_may_end_in_a_comma_and_be_long(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_list_of_files_may_end_in_a_comma_and_be_long(place):
     names = [f"a_long_name_of_a_file_{n:03}.txt" for n in range(12)]  # longer than a name may be
     for name in [*names, "other.txt"]:
         Path(name).touch()
@@ -226,8 +220,7 @@ def encode_documents(documents: list[str], suffix: str) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_every_file_format_gives_the_same_documents(tmp_path, monkeypatch, suffix):
-    monkeypatch.chdir(tmp_path)
+def test_every_file_format_gives_the_same_documents(place, suffix):
     documents = [f"{d}\n" for d in make_documents(200) if "<|" not in d]
     Path("texts").mkdir()
     Path(f"texts/some{suffix}").write_bytes(encode_documents(documents, suffix))
@@ -309,12 +302,12 @@ PLACES = {  # owner, function, which call, error, how many shards are saved then
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_an_interrupted_run_continues(hub, monkeypatch, place):
+@pytest.mark.parametrize("moment", PLACES)
+def test_an_interrupted_run_continues(hub, monkeypatch, moment):
     """As with the kills above, but at the places that matter, each for certain."""
     expected = contents(run(dataset="whole"))
     run(dataset="again", size="100KB")  # an earlier data set in the same folder
-    *where, shards = PLACES[place]
+    *where, shards = PLACES[moment]
     interrupt_at(monkeypatch, *where, dataset="again")
     if shards is not None:
         progress = Path("data/again/progress.json").read_text(encoding="utf-8")
@@ -325,8 +318,7 @@ def test_an_interrupted_run_continues(hub, monkeypatch, place):
     assert sorted(p.name for p in Path("data/again").iterdir()) == sorted(FILES)
 
 
-def test_many_small_files_are_saved_together(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_many_small_files_are_saved_together(place, monkeypatch):
     monkeypatch.setattr(corpus, "SAVE_BYTES", 20_000)
     Path("texts").mkdir()
     for i, text in enumerate(make_documents(60)):
@@ -345,9 +337,8 @@ def test_many_small_files_are_saved_together(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def half_done(tmp_path, monkeypatch) -> Path:
+def half_done(place, monkeypatch) -> Path:
     """Return the folder of a data set that was interrupted after 2 of 4 files."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus, "SAVE_BYTES", 1)
     Path("texts").mkdir()
     for n in range(4):
@@ -385,14 +376,10 @@ def test_a_damaged_state_is_refused_and_names_the_remedy(half_done, damage):
 
 
 def test_an_interrupted_run_refuses_other_options_and_changed_files(half_done, capsys):
-    with pytest.raises(
-        UserError, match="begun with other values of size, min_chars; use another --dat"
-    ):
+    with pytest.raises(UserError, match="begun with other values of size, min_chars; use another"):
         run(input="texts", dataset="mine", size="1MB", min_chars=100)
     Path("texts/1.parquet").write_bytes(parquet(make_documents(60, seed=9)))
-    with pytest.raises(
-        UserError, match=r"begun with other values of inputs; .*remove .*progress.json"
-    ):
+    with pytest.raises(UserError, match=r"begun with other values of inputs; .*remove .*progress"):
         run(input="texts", dataset="mine")
     (half_done / "progress.json").unlink()
     before = contents(run(input="texts", dataset="mine"))
@@ -407,19 +394,7 @@ def test_a_larger_share_for_validation_contains_a_smaller_one():
     assert few < many and 100 < len(few) < 300 and 500 < len(many) < 700
 
 
-class Recorder:
-    """Calls a function and remembers its arguments."""
-
-    def __init__(self, function) -> None:
-        self.function, self.calls = function, []
-
-    def __call__(self, *args):
-        self.calls.append(args)
-        return self.function(*args)
-
-
-def test_an_input_that_was_corrected_after_an_error_continues(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_input_that_was_corrected_after_an_error_continues(place, monkeypatch):
     monkeypatch.setattr(corpus, "SAVE_BYTES", 1)
     Path("texts").mkdir()
     for n in range(3):
@@ -434,13 +409,12 @@ def test_an_input_that_was_corrected_after_an_error_continues(tmp_path, monkeypa
     assert json.loads(Path("data/mine/progress.json").read_text(encoding="utf-8"))["shards"] == 1
     Path("texts/1.jsonl").write_text(whole, encoding="utf-8")
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "read_documents", read := Recorder(corpus.read_documents))
+        patch.setattr(corpus, "read_documents", read := Mock(wraps=corpus.read_documents))
         assert contents(run(input="texts", dataset="mine", tokenizer=first))[:2] == expected[:2]
-    assert [path.name for path, *_ in read.calls] == ["1.jsonl", "2.jsonl"]
+    assert [call.args[0].name for call in read.mock_calls] == ["1.jsonl", "2.jsonl"]
 
 
-def test_an_input_that_is_removed_after_an_error_leaves_a_complete_data_set(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_input_that_is_removed_after_an_error_leaves_a_complete_data_set(place, monkeypatch):
     monkeypatch.setattr(corpus, "SAVE_BYTES", 1)
     Path("texts").mkdir()
     lines = [json.dumps({"text": d}) for d in make_documents(9)[7:]]
@@ -457,8 +431,7 @@ def test_an_input_that_is_removed_after_an_error_leaves_a_complete_data_set(tmp_
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.4])
 @pytest.mark.parametrize("n_documents", [1, 2, 11])
-def test_few_documents_give_the_share_that_one_asked_for(tmp_path, monkeypatch, share, n_documents):
-    monkeypatch.chdir(tmp_path)
+def test_few_documents_give_the_share_that_one_asked_for(place, share, n_documents):
     texts = make_documents(60)[7:]
     for order in range(4):
         random.Random(order).shuffle(texts)
@@ -471,15 +444,13 @@ def test_few_documents_give_the_share_that_one_asked_for(tmp_path, monkeypatch, 
         assert 0.74 * share <= len(val) / (len(train) + len(val)) <= 1.26 * share
         meta = read_meta(folder)
         encoding = tokenizer.from_dict(meta["tokenizer"]).encoding
-        written = [
-            encoding.decode_bytes(ids[ids != encoding.eot_token].tolist()) for ids in (train, val)
-        ]
+        both = (ids[ids != encoding.eot_token].tolist() for ids in (train, val))
+        written = [encoding.decode_bytes(ids) for ids in both]
         assert meta["val_bytes"] == len(written[1])
         assert Counter(b"".join(written)) == Counter("".join(documents).encode())  # nothing is lost
 
 
-def test_links_are_followed_and_what_is_left_out_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_links_are_followed_and_what_is_left_out_is_named(place, capsys):
     for folder, name in (("a", "x.txt"), ("b", "y.TXT"), ("b", "notes.md")):
         Path(folder).mkdir(exist_ok=True)
         Path(folder, name).write_text(name, encoding="utf-8")
@@ -504,6 +475,7 @@ MISTAKES = [
     ({"min_chars": 10**6}, "lower --min_chars"),
     ({"tokenizer": "none.json"}, "none.json: no such file"),
     ({"tokenizer": "data/tiny/meta.json"}, "not BPE with at most 65,536 tokens"),
+    ({"tokenizer": "data/endless"}, r"not BPE with at most 65,536 tokens and <\|endoftext\|>"),
     ({"vocab_size": 65537}, "at most 65,536"),
     ({"vocab_size": 256}, "at least 257"),
     ({"size": "12 parsecs"}, "a number with a unit, as 250MB"),
@@ -521,6 +493,8 @@ def test_a_mistake_ends_in_one_line(dataset, options, words):
         Path(name).write_bytes(b"")
     Path("broken.txt.gz").write_bytes(gzip.compress(b"some text\n" * 50)[:-20])
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text"\n', encoding="utf-8")
+    endless = tokenizer.BPETokenizer([bytes([i]) for i in range(256)], special={})
+    data.write_dataset(Path("data/endless"), endless, [1], [1], 1, {})
     Path("good.parquet").write_bytes(parquet(make_documents(100)))
     with pytest.raises(UserError, match=words) as error:
         run(**{"input": "good.parquet", "dataset": "mine"} | options)
@@ -567,8 +541,7 @@ def test_a_second_process_ends_in_one_line_and_does_no_harm(hub, server):
     assert first.wait() == 0 and contents(Path("data/killed")) == expected
 
 
-def test_few_documents_wait_in_memory_together(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_few_documents_wait_in_memory_together(place, monkeypatch):
     waiting = []
 
     class Recorder(deque):

@@ -18,9 +18,8 @@ CONTENT = TEXT.encode()
 
 
 @pytest.fixture
-def text_server(server, tmp_path, monkeypatch):
+def text_server(server, place, monkeypatch):
     """Return a server that has TEXT in place of tinyshakespeare."""
-    monkeypatch.chdir(tmp_path)
     server.files["/input.txt"] = CONTENT
     monkeypatch.setattr(prepare, "URL", f"{server.url}/input.txt")
     monkeypatch.setattr(prepare, "SHA256", hashlib.sha256(CONTENT).hexdigest())
@@ -55,10 +54,8 @@ def test_the_split_is_that_of_nanogpt(text_server, monkeypatch, capsys, name, fo
     monkeypatch.setattr(prepare, "get_text", lambda _: (text, {"url": "some"}))
     prepare.main(prepare.PrepareConfig(tokenizer=name))
     folder = Path("data", folder)
-    counts = (
-        f"{folder}: 1,003,854 training and 111,540 validation tokens, vocabulary {vocab_size}\n"
-    )
-    assert capsys.readouterr().out == counts
+    counts = f"1,003,854 training and 111,540 validation tokens, vocabulary {vocab_size}"
+    assert capsys.readouterr().out == f"{folder}: {counts}\n"
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     assert (meta["train_tokens"], meta["val_tokens"]) == (1_003_854, meta["val_bytes"])
     assert meta["source"] == {"url": "some", "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -75,8 +72,7 @@ def test_the_split_is_that_of_nanogpt(text_server, monkeypatch, capsys, name, fo
         (CONTENT, 0.0, "too few"),
     ],
 )
-def test_an_unusable_input_is_refused(tmp_path, monkeypatch, content, val_fraction, words):
-    monkeypatch.chdir(tmp_path)
+def test_an_unusable_input_is_refused(place, content, val_fraction, words):
     if content is not None:
         Path("my.txt").write_bytes(content)
     with pytest.raises(UserError, match=f"my.txt: .*{words}"):
@@ -97,8 +93,7 @@ def test_line_ends_of_the_input_are_cleaned_and_a_second_process_ends_in_one_lin
     assert '"chars": "\\nabé"' in (folder / "meta.json").read_text(encoding="utf-8")
 
 
-def test_a_text_can_have_the_characters_of_an_earlier_data_set(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_text_can_have_the_characters_of_an_earlier_data_set(place):
     for name, text in (("a", "abcdef" * 50), ("b", "fade" * 50), ("c", "g" * 50)):
         Path(f"{name}.txt").write_text(text, encoding="utf-8")
     prepare.main(prepare.PrepareConfig("a.txt", dataset="a"))

@@ -30,9 +30,7 @@ SAVE_ALWAYS = {"checkpoint_interval": 1e-9}  # seconds: after every update
 
 
 def test_one_seed_gives_the_same_bits_and_another_seed_does_not(tiny_run):
-    a, b, c = (
-        tiny_run(out_dir=f"out/{i}", seed=seed, dropout=0.1) for i, seed in enumerate((1, 1, 2))
-    )
+    a, b, c = (tiny_run(out_dir=f"out/{i}", seed=s, dropout=0.1) for i, s in enumerate((1, 1, 2)))
     assert_same_run(a, b)
     assert not torch.equal(weights(a)["lm_head.weight"], weights(c)["lm_head.weight"])
 
@@ -76,13 +74,9 @@ def test_a_run_computes_what_a_plain_loop_computes(tiny_run, dataset):
     torch.manual_seed(config.seed)
     model = GPT(load_checkpoint(out_dir / "ckpt.pt").shape)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.3},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        betas=(0.8, 0.9),
-    )
+    matrices = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.3}
+    vectors = {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([matrices, vectors], betas=(0.8, 0.9))
     ids = torch.from_numpy(np.fromfile(dataset / "train.bin", "<u2").astype(np.int64))
     records = [r for r in logged(out_dir) if "loss" in r]
     for step in range(3):
@@ -296,9 +290,8 @@ def test_epochs_count_the_tokens_read_and_losses_do_not_depend_on_the_batch_size
         shown.append([r.get("val_loss", r.get("loss")) for r in records])
     assert shown[0] == pytest.approx(shown[1], rel=1e-5)
     before = logged(Path("out/8"))[-1]
-    records = logged(
-        tiny_run(out_dir="out/8", init_from="resume", eval_iters=1, batch_size=2, max_iters=24)
-    )
+    more = dict(init_from="resume", eval_iters=1, batch_size=2, max_iters=24)
+    records = logged(tiny_run(out_dir="out/8", **more))
     n_tokens, epochs = 6454, [r["epoch"] for r in records]
     assert epochs == sorted(epochs) and before["epoch"] == 12 * 8 * 16 / n_tokens
     assert epochs[-1] == (12 * 8 * 16 + 12 * 4 * 16) / n_tokens

@@ -1,7 +1,7 @@
 """Measure speed. Every answer is a table, and a picture and the figures in out/bench.
 
     python -m tools.bench throughput --config=config/phase1_char.py --nanogpt=../nanoGPT
-    python -m tools.bench generate --nanogpt=../nanoGPT --transformers
+    python -m tools.bench generate --transformers
     python -m tools.bench race --dataset=shakespeare_char --nanogpt=../nanoGPT   # takes an hour
 
 The options and config files of train.py are accepted, too. Training is measured as users see it, by
@@ -17,7 +17,6 @@ import os
 import pickle
 import platform
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -71,12 +70,12 @@ class BenchConfig(TrainConfig):
 def start_training(folder: Path, options: dict, vocab_size: int, out_dir: Path) -> subprocess.Popen:
     """Start the train.py in `folder`, ours or nanoGPT's, and return its process."""
     device, data = resolve_device(options["device"]), Path("data", options["dataset"]).absolute()
-    dtype = dtype_name(resolve_dtype(options["dtype"], device))
-    options = options | dict(device=str(device), dtype=dtype, out_dir=str(out_dir.absolute()))
-    options |= dict(dataset=str(data), init_from="scratch", sample_interval=0, wandb_log=False)
-    options |= dict(checkpoint_interval=0, target_val_loss=0.0)
+    dtype, out_dir = dtype_name(resolve_dtype(options["dtype"], device)), out_dir.absolute()
+    options = options | dict(device=str(device), dtype=dtype, dataset=str(data))
+    options |= dict(out_dir=str(out_dir), init_from="scratch", target_val_loss=0.0)
+    options |= dict(sample_interval=0, checkpoint_interval=0, wandb_log=False)
     if folder != ROOT:
-        options |= dict(dataset=options["out_dir"])
+        options |= dict(dataset=str(out_dir))
         # It takes the size of the vocabulary from a meta.pkl, which our data sets do not have.
         (out_dir / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
         for name in ("train.bin", "val.bin", "meta.json"):
@@ -85,11 +84,10 @@ def start_training(folder: Path, options: dict, vocab_size: int, out_dir: Path) 
     lines = [f"{name} = {value!a}\n" for name, value in options.items()]
     (out_dir / "run.py").write_text("".join(lines), "ascii")
     # Nothing compiled before is used, so that a measurement does not depend on those before it.
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(out_dir.absolute() / "compiled")}
-    command = [sys.executable, "-u", "train.py", str(out_dir.absolute() / "run.py")]
-    text = dict(text=True, encoding="utf-8", errors="replace", env=environment)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.Popen(command, cwd=folder, **text, **pipes)
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(out_dir / "compiled")}
+    text = dict(encoding="utf-8", errors="replace", env=environment, stdout=subprocess.PIPE)
+    command = [sys.executable, "-u", "train.py", str(out_dir / "run.py")]
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.STDOUT, **text)
 
 
 def time_steps(folder: Path, options: dict, vocab_size: int, at_least: int) -> tuple[float, float]:
@@ -185,6 +183,7 @@ def race(config: BenchConfig) -> None:
         cells.append([name, f"{minutes[-1]:.1f}", f"{curve[-1]['loss']:.4f}", f"{bits[-1]:.4f}"])
     axes.set_title(f"{config.dataset}: {result['machine']}, {result['date']}")
     axes.set(xlabel="minutes since the program started", ylabel="validation loss (bits per byte)")
+    axes.set_ylim(top=1.4 * axes.get_ylim()[0])  # the beginning of training is far above
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, to.with_suffix(".png"))
@@ -199,7 +198,7 @@ def train_side(side: dict, folder: Path, vocab_size: int, to: Path) -> list[tupl
     options = asdict(configure(TrainConfig, side["options"].split()))
     if not (steps := side.get("steps")):
         before, seconds = time_steps(folder, options, vocab_size, 20)
-        steps = (0.96 * 60 * side["minutes"] - before) / seconds
+        steps = (0.9 * 60 * side["minutes"] - before) / seconds  # some machines drift
     interval = int(steps / SAVES)
     steps = SAVES * interval
     options |= dict(max_iters=steps, lr_decay_iters=steps, eval_interval=interval, eval_iters=1)
@@ -222,20 +221,16 @@ def train_side(side: dict, folder: Path, vocab_size: int, to: Path) -> list[tupl
 
 def score(checkpoint: Path, is_ours: bool) -> dict:
     """Return what tools.evaluate says of a checkpoint, ours or nanoGPT's, on all of val.bin."""
-    words = [f"--out_dir={checkpoint.parent}", f"--checkpoint={checkpoint.name}"]
+    words = [["evaluate", f"--out_dir={checkpoint.parent}", f"--checkpoint={checkpoint.name}"]]
     if not is_ours:
-        words = [f"--out_dir={checkpoint.with_suffix('')}"]
-        run_tool("import_nanogpt", f"--checkpoint={checkpoint}", *words)
-    return json.loads(run_tool("evaluate", *words).splitlines()[-1])
-
-
-def run_tool(name: str, *words: str) -> str:
-    """Return what a program of tools/ prints. Raises UserError if it fails."""
-    command = [sys.executable, "-m", f"tools.{name}", *words]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    if done.returncode:
-        raise UserError(f"tools.{name} {' '.join(words)} failed: {done.stderr[-300:]}")
-    return done.stdout
+        out_dir = f"--out_dir={checkpoint.with_suffix('')}"
+        words = [["import_nanogpt", f"--checkpoint={checkpoint}", out_dir], ["evaluate", out_dir]]
+    for name, *options in words:
+        command = [sys.executable, "-m", f"tools.{name}", *options]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+        if done.returncode:
+            raise UserError(f"tools.{name} {' '.join(options)} failed: {done.stderr[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # Generation, by models with new weights
@@ -248,9 +243,7 @@ def time_writing(side: str, dtype: str, B: int, config: BenchConfig) -> float:
         model = hf.GPT2LMHeadModel(hf.GPT2Config(n_positions=config.block_size, **shape))
         model.generation_config.update(min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
     else:
-        code = runpy.run_path(f"{ROOT if side == 'ours' else config.nanogpt}/model.py")
-        shape |= dict(block_size=config.block_size, vocab_size=50_257)
-        model = code["GPT"](code["GPTConfig"](**shape))
+        model = GPT(GPTConfig(50_257, block_size=config.block_size, **shape))
     model = model.to(device, DTYPES[dtype]).eval()
     if side == "ours":
         runtime.pack_weights(model)
@@ -259,7 +252,7 @@ def time_writing(side: str, dtype: str, B: int, config: BenchConfig) -> float:
 
 
 def generate(config: BenchConfig) -> tuple[dict[str, Callable], int]:
-    sides = ["ours"] + ["transformers"] * config.transformers + ["nanoGPT"] * bool(config.nanogpt)
+    sides = ["ours"] + ["transformers"] * config.transformers
     best = dtype_name(resolve_dtype(config.dtype, resolve_device(config.device)))
     cases = product(dict.fromkeys(("float32", best)), (1, 8), sides)
     return {f"{s}, {d}, batch {B}": partial(time_writing, s, d, B, config) for d, B, s in cases}, 0

@@ -5,6 +5,8 @@
     python -m tools.hunt 3 --hint     # the next of three hints
     python -m tools.hunt 3 --check    # judge the copy: tests and, in some hunts, the preflight
     python -m tools.hunt 3 --solve    # the mistake as a diff, and what to learn from it
+    python -m tools.hunt 3 --again    # a new copy; your edits are lost
+
 tools/mistakes/hunts.toml has the texts.
 """
 

@@ -1,13 +1,12 @@
 """Turn a checkpoint of nanoGPT (https://github.com/karpathy/nanoGPT) into one of ours.
 
-Those of build-nanogpt (https://github.com/karpathy/build-nanogpt) have no optimizer's state: a run
-can begin with their weights, --init_from=out/imported.
-
     python -m tools.import_nanogpt --checkpoint=../nanoGPT/out/ckpt.pt --out_dir=out/imported
     python sample.py --out_dir=out/imported
     python train.py their_config.py --out_dir=out/imported --init_from=resume
 
 The optimizer's state comes along, so the resumed run takes the step that nanoGPT would have taken.
+Checkpoints of build-nanogpt (https://github.com/karpathy/build-nanogpt) have none: a run can begin
+with their weights, --init_from=out/imported.
 """
 
 import math

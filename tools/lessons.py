@@ -1,17 +1,17 @@
 """Put a beginner's mistakes into phase 1, one at a time, and record what happens.
 
     python prepare_shakespeare.py
-    python -m tools.lessons                # everything that docs/lessons.md shows (6 to 13 minutes)
+    python -m tools.lessons                # section 7 of docs/lessons.md (6 to 13 minutes)
     python -m tools.lessons --only=1       # one of them
 
 A mistake is a diff in tools/mistakes/, or a few options. A copy of the code gets the diff, goes
-through the preflight, and trains phase 1 for one epoch on the CPU: in out/lessons/<mistake>/.
+through the preflight, and trains phase 1 for one epoch on the CPU, to out/lessons/<mistake>/.
 """
 
 import re
 import shutil
 import tempfile
-from configurator import UserError, configure, run
+from configurator import check_range, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -68,7 +68,7 @@ MISTAKES = [
 
 def train_with(mistake: Mistake, config: LessonsConfig) -> Run:
     """Copy the code, make the mistake there, and run the preflight and the training."""
-    log, every = Path("out/lessons", mistake.name, "log.jsonl"), config.max_iters // 5
+    log, every = Path("out/lessons", mistake.name, "log.jsonl"), max(1, config.max_iters // 5)
     options = f"--device=cpu --compile=False --max_iters={config.max_iters} --log_interval=7 "
     options += f"--eval_interval={every} --sample_interval={5 * every} {mistake.options}"
     options = [hunt.ROOT / "config/phase1_char.py", f"--out_dir={log.parent}", *options.split()]
@@ -93,6 +93,8 @@ BASELINES = {"all equally likely": 4.17, "frequencies": 3.31, "pairs": 2.45}
 def draw_lesson(lesson: int, runs: list[Run], config: LessonsConfig) -> None:
     """Draw the losses of a lesson's runs, each over those of the correct run, the first."""
     trained = [run for run in runs if run.mistake.lesson == lesson and run.records]
+    if not trained:  # an error before the first evaluation
+        return
     figure = Figure(figsize=(8, 2.8), dpi=200, layout="constrained")
     panels = figure.subplots(1, len(trained), sharey=True, squeeze=False)[0]
     for axes, one in zip(panels, trained, strict=True):
@@ -118,52 +120,10 @@ def draw_run(axes, x: str, one: Run, colors: tuple, suffix: str) -> None:
     evaluations = [(r[x], r["val_loss"]) for r in one.records if "val_loss" in r]
     size = 45 if suffix else 15  # a dot of the correct run stays visible behind another one
     axes.scatter(*zip(*evaluations, strict=True), size, colors[1], label="validation" + suffix)
-    if one.error:
-        end = int(re.search(r"step (\d+)", one.error)[1]), steps[-1][1]
-        axes.scatter(*end, 60, "tab:red", marker="x")
-        axes.annotate(" NaN", end, va="bottom", color="tab:red")
-
-
-# A forward pass: the code in model.py, the shape of its result, and the numbers of one token in it.
-SHAPES = {
-    "idx": ("B, T", [8]),  # one number; 8 can be seen
-    "wte(idx)": ("B, T, C", [128]),
-    "wpe(positions)": ("T, C", [128]),
-    "x = wte(idx) + wpe(positions)": ("B, T, C", [128]),
-    "c_attn(ln_1(x))": ("B, T, 3C", [128] * 3),
-    "q, k and v, each": ("B, T, nh, hs", [32] * 4),
-    "q.transpose(1, 2)": ("B, nh, T, hs", [32] * 4),
-    "scores = q / sqrt(hs) @ k.mT + mask": ("B, nh, T, T", [100] * 4),
-    "weights = scores.softmax(dim=-1)": ("B, nh, T, T", [100] * 4),
-    "y = weights @ v": ("B, nh, T, hs", [32] * 4),
-    "y.transpose(1, 2).reshape(B, T, C)": ("B, T, C", [128]),
-    "x = x + attn(ln_1(x))": ("B, T, C", [128]),
-    "c_fc(ln_2(x))": ("B, T, 4C", [512]),
-    "x = x + mlp(ln_2(x))": ("B, T, C", [128]),
-    "logits = lm_head(ln_f(x))": ("B, T, V", [65]),
-    "loss = cross_entropy(logits, targets)": ("", [8]),
-}
-# Phase 1's model on 6 sequences of 100 characters: no two sizes are equal.
-SIZES = {"B": 6, "T": 100, "C": 128, "nh": 4, "hs": 32, "V": 65, "3C": 384, "4C": 512}
-
-
-def draw_shapes(config: LessonsConfig) -> None:
-    """Draw a forward pass from top to bottom: the code, the numbers of one token, the shape."""
-    figure = Figure(figsize=(8, 5), dpi=200)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 8), ylim=(len(SHAPES) + 0.8, -0.8))  # x in inches
-    axes.axis("off")
-    axes.axhspan(4.5, 14.5, color="0.94", lw=0)
-    axes.text(7.7, 9.5, "one block of 2", rotation=270, va="center", fontsize=8)
-    for x, title in ((0.2, "in model.py"), (3.1, "one token"), (5.3, "shape"), (6.4, "example")):
-        axes.text(x, 0, title, va="center", fontsize=9, weight="bold")
-    for row, (code, (shape, parts)) in enumerate(SHAPES.items(), start=1):
-        sizes = tuple(SIZES[letter] for letter in shape.split(", ") if letter)
-        for x, text in ((0.2, code), (5.3, f"({shape})"), (6.4, sizes)):
-            axes.text(x, row, text, va="center", fontsize=8, family="monospace")
-        spans = [(3.1 + i * n / 262, n / 262 - 0.02) for i, n in enumerate(parts)]
-        color = "tab:orange" if "T, T" in shape else "tab:blue"
-        axes.broken_barh(spans, (row - 0.28, 0.56), color=color, lw=0)
-    save_figure(figure, Path(config.pictures) / "lessons_shapes.png")
+    if one.error and steps:
+        axes.scatter(*steps[-1], 60, "tab:red", marker="x")
+        words = " NaN" if "nan" in one.error else " error"
+        axes.annotate(words, steps[-1], va="bottom", color="tab:red")
 
 
 def make_table(runs: list[Run]) -> str:
@@ -183,10 +143,8 @@ def make_table(runs: list[Run]) -> str:
 
 def main(config: LessonsConfig) -> None:
     """Train, draw, and print the table."""
+    check_range(config, 0, MISTAKES[-1].lesson, "only")
     chosen = [m for m in MISTAKES if config.only in (0, m.lesson)]
-    if not chosen:
-        raise UserError(f"only={config.only} must be 0 or one of 1 to {MISTAKES[-1].lesson}")
-    draw_shapes(config)
     runs = [train_with(mistake, config) for mistake in (CORRECT, *chosen)]
     for lesson in dict.fromkeys(mistake.lesson for mistake in chosen):
         draw_lesson(lesson, runs, config)

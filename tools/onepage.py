@@ -35,15 +35,13 @@ def write_page(path: Path, model: GPT, tokenizer: Tokenizer, facts: dict, dtype:
     shapes = {name: w.shape for name, w in weights.items()}
     page = facts | {"name": path.stem, "dtype": dtype, "shapes": shapes}
     data = json.dumps(page | {"tokenizer": tokenizer.to_dict()})
-    numbers = b"".join(
-        w.astype("<f2" if dtype == "float16" else "<f4").tobytes() for w in weights.values()
-    )
+    kind = "<f2" if dtype == "float16" else "<f4"
+    numbers = b"".join(w.astype(kind).tobytes() for w in weights.values())
     blocks = {"model": data.replace("<", "\\u003c"), "weights": base64.b64encode(numbers).decode()}
     html = inline((HERE / "playground.html").read_text(encoding="utf-8"))
     for name, text in blocks.items():  # a browser does not run them, and no text in them ends them
-        html = html.replace(
-            "<!-- data -->", f'<!-- data --><script type="text/plain" id="{name}">{text}</script>'
-        )
+        block = f'<!-- data --><script type="text/plain" id="{name}">{text}</script>'
+        html = html.replace("<!-- data -->", block)
     with atomic_write(path) as file:
         file.write(html.encode())
     print(f"{path}: {path.stat().st_size / 1e6:,.2f} MB; open it in a browser, or send it")
@@ -57,8 +55,7 @@ def inline(html: str) -> str:
     for element in ("style", "script"):
         policy += f"; {element}-src"
         for text in re.findall(rf"<{element}\b[^>]*>(.*?)</{element}>", html, re.DOTALL):
-            policy += (
-                f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-            )
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
+            policy += f" 'sha256-{digest.decode()}'"
     meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     return html.replace("<head>", f"<head>\n    {meta}", 1)

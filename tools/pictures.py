@@ -5,9 +5,8 @@
     python -m tools.pictures --out_dir=out/phase1_char,out/phase2_bpe --compare=compute
 
 The last command draws the loss of several runs over the compute that they spend. The loss is in
-bits per byte, which can be compared between vocabularies. --compare=optimizers draws only the last
-values: a line per optimizer joins the best runs of each size. Both need each run's ckpt.pt, and its
-data set's meta.json. With eval_iters a run evaluates a part of val.bin, so its last value differs a
+bits per byte, which can be compared between vocabularies. It needs each run's ckpt.pt, and its data
+set's meta.json. With eval_iters a run evaluates a part of val.bin, so its last value differs a
 little from that of tools.evaluate.
 """
 
@@ -34,7 +33,7 @@ class PicturesConfig:
     """Draw loss.png and write samples.md of each run, or draw one picture that compares runs."""
 
     out_dir: str = "out/phase1_char"  # folder of a run, or of several: out/a,out/b
-    compare: Literal["", "compute", "optimizers"] = ""  # empty: loss.png and samples.md of each run
+    compare: Literal["", "compute"] = ""  # empty: loss.png and samples.md of each run
     picture: str = "out/scaling.png"  # file to draw a comparison in
     title: str = "The loss falls with compute"  # of a comparison
     movie: bool = False  # also draw learning.gif: losses and texts while a run learns
@@ -67,7 +66,6 @@ class Curve(NamedTuple):
 
     name: str
     parameters: float  # in millions
-    optimizer: str
     flops: list[float]  # floating-point operations of the training so far
     bits: list[float]  # bits per byte of val.bin
 
@@ -80,62 +78,30 @@ def read_curve(out_dir: Path) -> Curve:
     if checkpoint.dataset and checkpoint.dataset != meta["sha256"]:
         again = f"data/{options['dataset']} was prepared again since this run"
         raise UserError(f"{out_dir}: {again}; prepare it as for the run")
-    T, accumulation = checkpoint.shape.block_size, options["gradient_accumulation_steps"]
-    flops_per_step = model.flops_per_token(T) * T * accumulation * options["batch_size"]
+    flops_per_epoch = model.flops_per_token(checkpoint.shape.block_size) * meta["train_tokens"]
     evaluations = [r for r in read_log(out_dir / "log.jsonl") if "val_loss" in r and r["step"]]
     if not evaluations:
         raise UserError(f"{out_dir}: has no evaluation after step 0 yet; train longer")
-    flops = [r["step"] * flops_per_step for r in evaluations]
+    flops = [r["epoch"] * flops_per_epoch for r in evaluations]  # steps may differ in their batch
     bits_per_nat = meta["val_tokens"] / meta["val_bytes"] / math.log(2)
     bits = [r["val_loss"] * bits_per_nat for r in evaluations]
-    return Curve(out_dir.name, model.num_params() / 1e6, options["optimizer"], flops, bits)
+    return Curve(out_dir.name, model.num_params() / 1e6, flops, bits)
 
 
 def draw_curves(curves: list[Curve], title: str) -> Figure:
-    """Return a figure with a line per run and its last value."""
-    figure, axes = draw_axes(title)
-    for name, parameters, _, flops, bits in curves:
+    """Return a figure of bits per byte over compute: a line per run, and its last value."""
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.set_xlabel("training compute (floating-point operations)")
+    axes.set(ylabel="validation loss (bits per byte)", title=title)
+    axes.grid(alpha=0.3)
+    for name, parameters, flops, bits in curves:
         [line] = axes.plot(flops, bits, marker=".", label=f"{name}: {parameters:.1f} million")
         style = dict(textcoords="offset points", color=line.get_color())
         axes.annotate(f"{bits[-1]:.2f}", (flops[-1], bits[-1]), (0, 8), **style)
     axes.legend(title="run and parameters")
     return figure
-
-
-def draw_optimizers(curves: list[Curve], title: str) -> Figure:
-    """Return a figure with a line per optimizer through the best run of each size.
-
-    A pale dot is the last value of a run, also of one that is not the best of its size.
-    """
-    figure, axes = draw_axes(title)
-    for optimizer in sorted({curve.optimizer for curve in curves}):
-        runs = sorted((c for c in curves if c.optimizer == optimizer), key=lambda c: -c.bits[-1])
-        best = {curve.parameters: curve for curve in runs}  # the last of a size is its best
-        best = [best[size] for size in sorted(best)]
-        ends = [(curve.flops[-1], curve.bits[-1]) for curve in best]
-        [line] = axes.plot(*zip(*ends, strict=True), marker="o", label=optimizer)
-        dots = [c.flops[-1] for c in runs], [c.bits[-1] for c in runs]
-        axes.plot(*dots, ".", color=line.get_color(), alpha=0.4)
-        style = dict(textcoords="offset points", color=line.get_color())
-        for curve, end in zip(best, ends, strict=True):
-            axes.annotate(f"{curve.parameters:.1f} million: {end[1]:.2f}", end, (6, 4), **style)
-    axes.margins(x=0.3)  # for the words
-    axes.legend(title="optimizer", loc="lower left")
-    return figure
-
-
-def draw_axes(title: str) -> tuple:
-    """Return an empty figure and its axes: bits per byte over compute."""
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    axes.set(
-        xlabel="training compute (floating-point operations)",
-        ylabel="validation loss (bits per byte)",
-        title=title,
-    )
-    axes.grid(alpha=0.3)
-    return figure, axes
 
 
 def main(config: PicturesConfig) -> None:
@@ -149,13 +115,10 @@ def main(config: PicturesConfig) -> None:
                 write_movie(records, out_dir / "learning.gif")
         return
     curves = [read_curve(out_dir) for out_dir in out_dirs]
-    for name, parameters, optimizer, flops, bits in curves:
-        print(
-            f"{name}: {parameters:.1f} million parameters, {optimizer}: {bits[-1]:.4f} bits per "
-            f"byte after {flops[-1]:.2e} operations"
-        )
-    draw = {"compute": draw_curves, "optimizers": draw_optimizers}[config.compare]
-    save_figure(draw(curves, config.title), Path(config.picture))
+    for name, parameters, flops, bits in curves:
+        end = f"{bits[-1]:.4f} bits per byte after {flops[-1]:.2e} operations"
+        print(f"{name}: {parameters:.1f} million parameters: {end}")
+    save_figure(draw_curves(curves, config.title), Path(config.picture))
     print(f"drawn in {config.picture}")
 
 

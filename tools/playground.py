@@ -205,15 +205,14 @@ class Playground:
         """
         loaded, written = self.checkpoints.load(fields["checkpoint"]), fields["written"]
         values = {"start": loaded.start} | fields["options"]
-        ids = loaded.encode(values["start"], written)
+        start = values.pop("start")  # as it is: an argument of ~/ would become the home folder
+        ids = loaded.encode(start, written)
         options = read_options(SampleConfig, [f"--{key}={value}" for key, value in values.items()])
-        yield loaded.facts() | {"prompt": options.start, "count": len(ids) - len(written)}
+        yield loaded.facts() | {"prompt": start, "count": len(ids) - len(written)}
         model, idx, last = loaded.model, loaded.idx(ids), {}
         sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
-        generator, V = (
-            torch.Generator(idx.device).manual_seed(options.seed),
-            model.config.vocab_size,
-        )
+        generator = torch.Generator(idx.device).manual_seed(options.seed)
+        V = model.config.vocab_size
         weights = torch.ones(1, min(options.top_k or V, V), device=idx.device)
         for _ in written:
             torch.multinomial(weights, 1, generator=generator)
@@ -265,10 +264,8 @@ class Playground:
         With `maps` also the attention weights. Without `masked`, tokens also look at later ones.
         """
         loaded = self.checkpoints.load(fields["checkpoint"])
-        ids, limit = (
-            loaded.encode(fields["text"], fields["written"]),
-            loaded.model.config.block_size,
-        )
+        ids = loaded.encode(fields["text"], fields["written"])
+        limit = loaded.model.config.block_size
         idx = loaded.idx(ids[: max(1, min(fields["count"], limit))])
         layers, logits = observe(loaded.model, idx, fields["masked"])
         yield {

@@ -206,8 +206,7 @@ def check_run(config: PreflightConfig, processes: Processes) -> None:
         print(f"{'ok  ' if ok else 'FAIL'} {name}: {measured}", flush=True)
         failed += [name] * (not ok)
     if failed:
-        names = " and ".join(failed)
-        raise UserError(f"preflight: {names} failed; correct this before a long run")
+        raise UserError(f"preflight: {' and '.join(failed)} failed; correct this before a long run")
     print_bill(config, model.train(), draw, len(tokens[0]), processes)
 
 

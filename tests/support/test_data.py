@@ -110,11 +110,11 @@ def test_a_data_set_that_is_not_there_is_named_with_those_that_are(dataset):
         open_dataset(dataset.parent / "nowhere")
 
 
-def as_llm_c(ids: np.ndarray) -> bytes:
+def as_llm_c(ids: np.ndarray, dtype: str = "<u2") -> bytes:
     """Return a token file of llm.c: a header of 256 numbers of 32 bits, then the ids."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(ids)
-    return header.tobytes() + ids.astype("<u2").tobytes()
+    return header.tobytes() + ids.astype(dtype).tobytes()
 
 
 LAYOUTS = {
@@ -123,17 +123,12 @@ LAYOUTS = {
     "32-bit big-endian numbers": lambda ids: ids.astype(">u4").tobytes(),
     "16-bit big-endian numbers": lambda ids: ids.astype(">u2").tobytes(),
     "16-bit little-endian numbers after a header of 1024 bytes": as_llm_c,
-    "32-bit little-endian numbers after a header of 1024 bytes": lambda ids: (
-        as_llm_c(ids)[:1024] + ids.astype("<u4").tobytes()
-    ),
+    "32-bit little-endian numbers after a header of 1024 bytes": lambda ids: as_llm_c(ids, "<u4"),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_token_files_of_other_programs_are_refused_with_the_way_to_rewrite_them(
-    tmp_path, monkeypatch, layout
-):
-    monkeypatch.chdir(tmp_path)
+def test_token_files_of_other_programs_are_refused_with_the_way_to_rewrite_them(place, layout):
     ids = np.random.default_rng(0).integers(50257, size=5000)
     Path("some.bin").write_bytes(LAYOUTS[layout](ids))
     with pytest.raises(UserError, match=f"some.bin: has {layout}, not plain") as error:
@@ -143,8 +138,7 @@ def test_token_files_of_other_programs_are_refused_with_the_way_to_rewrite_them(
     assert np.array_equal(data.open_tokens(Path("new.bin"), 50257).open(), ids)
 
 
-def test_an_array_of_numpy_is_refused_with_the_way_to_rewrite_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_array_of_numpy_is_refused_with_the_way_to_rewrite_it(place):
     ids = np.arange(100, dtype=np.uint8)
     np.save("a.npy", ids)
     Path("a.npy").rename("a.bin")

@@ -45,25 +45,10 @@ def nan_gradients(model):
     ("poison", "dtype", "where", "cause"),
     [
         (nan_weight, "float32", "output of transformer.h.1.mlp.c_fc", "the weights, 1 values of"),
-        (
-            large_embedding,
-            "float32",
-            "output of transformer.h.0.ln_1, also in",
-            "this batch, anoth",
-        ),
+        (large_embedding, "float32", "output of transformer.h.0.ln_1, also in", "this batch, ano"),
         (large_weights, "float32", "output of transformer.h.0.ln_2, also in", "the weights ar"),
-        (
-            large_products,
-            "float16",
-            "output of transformer.h.0.mlp.c_fc",
-            "float16, because with --",
-        ),
-        (
-            nan_gradients,
-            "float32",
-            "gradient of transformer.h.1.ln_2.bias, also in",
-            "the weights ar",
-        ),
+        (large_products, "float16", "output of transformer.h.0.mlp.c_fc", "float16, because with"),
+        (nan_gradients, "float32", "gradient of transformer.h.1.ln_2.bias, al", "the weights ar"),
         (dropout, "float16", "", ""),
     ],
 )

@@ -54,9 +54,8 @@ def test_a_byte_order_mark_names_the_encoding(tmp_path, encoding):
 
 def test_single_bad_characters_are_mended_and_counted_and_many_are_refused(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_bytes(
-        b"one \xff two \xe9t\xe9 \0" + b"x" * 5000
-    )  # 0 vanishes, as all control characters
+    # The byte 0 vanishes, as all control characters do.
+    path.write_bytes(b"one \xff two \xe9t\xe9 \0" + b"x" * 5000)
     documents, counts = read(path)
     assert documents[0].startswith("one \ufffd two \ufffdt\ufffd x") and counts[MENDED] == 3
     path.write_bytes(("un caf\xe9 noir, " * 50).encode("latin-1"))

@@ -62,9 +62,8 @@ def add_token(name: str):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(place, monkeypatch) -> Path:
     """A small GPT-2 in the folder `theirs` of the current directory, and no network."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it needs a network"))
     make_folder(Path("theirs"))
     return Path("theirs")
@@ -168,7 +167,8 @@ def assert_refused(name: str, words: str) -> None:
 
 
 def test_an_unknown_name_and_a_missing_package_are_one_line(folder, monkeypatch):
-    assert_refused("gpt3", "no such folder or model; use gpt2, gpt2-medium")
+    for name in ("gpt3", "theirs/none"):
+        assert_refused(name, "no such folder or model; use gpt2, gpt2-medium")
     assert_refused("a/b/c", "'a/b/c'")  # the library's own check
     old = types.SimpleNamespace(__version__="4.57.1")
     monkeypatch.setitem(sys.modules, "transformers", old)

@@ -167,10 +167,10 @@ def test_a_tracker_that_can_not_start_ends_in_one_line(tiny_run, monkeypatch):
         tiny_run(wandb_log=True)
 
 
-@pytest.mark.parametrize("place", ["log", "finish"])
-def test_a_run_goes_on_without_a_tracker_that_fails(tiny_run, monkeypatch, capsys, place):
-    run = Mock(**{f"{place}.side_effect": BrokenPipeError(32, "Broken pipe")})
+@pytest.mark.parametrize("method", ["log", "finish"])
+def test_a_run_goes_on_without_a_tracker_that_fails(tiny_run, monkeypatch, capsys, method):
+    run = Mock(**{f"{method}.side_effect": BrokenPipeError(32, "Broken pipe")})
     fake_wandb(monkeypatch, lambda **_: run)
     assert read_log(tiny_run(wandb_log=True, max_iters=2) / "log.jsonl")[-1]["step"] == 2
     assert "failed ([Errno 32] Broken pipe); it gets no more" in capsys.readouterr().out
-    assert (run.log.call_count == 1) is (place == "log")
+    assert (run.log.call_count == 1) is (method == "log")

@@ -65,8 +65,9 @@ def test_every_process_has_its_share_of_the_passes():
 
 
 def test_a_rank_without_torchrun_is_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "")
-    assert not Processes("cpu").distributed
+    for rank in ("", "a name"):
+        monkeypatch.setenv("RANK", rank)
+        assert not Processes("cpu").distributed
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     words = "the environment has RANK but no LOCAL_RANK; start with torchrun, or unset RANK"

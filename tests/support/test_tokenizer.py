@@ -31,10 +31,8 @@ def test_the_split_is_that_of_gpt2():
     """tiktoken writes the pattern of GPT-2 differently; both split any text at the same places."""
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    ranks = {token: i for i, token in enumerate(BPE.tokens)}
-    theirs = tiktoken.Encoding(
-        "theirs", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
-    )
+    parts = {"mergeable_ranks": {token: i for i, token in enumerate(BPE.tokens)}}
+    theirs = tiktoken.Encoding("theirs", pat_str=r50k_pat_str, special_tokens={}, **parts)
     for text in (TEXT, *ODD):
         assert BPE.encode(text) == theirs.encode_ordinary(text)
 
@@ -66,10 +64,9 @@ def test_a_tokenizer_survives_json_and_decodes_what_it_encoded(tokenizer):
 def test_gpt2_keeps_the_ids_of_tiktoken(monkeypatch):
     """GPT-2 does not number the single bytes from 0 to 255."""
     tokens = [bytes([255 - i]) for i in range(256)] + [b"th", b"the"]
-    ranks = {token: i for i, token in enumerate(tokens)}
-    theirs = tiktoken.Encoding(
-        "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}
-    )
+    parts = {"mergeable_ranks": {token: i for i, token in enumerate(tokens)}}
+    parts |= {"pat_str": SPLIT_PATTERN, "special_tokens": {"<|endoftext|>": 258}}
+    theirs = tiktoken.Encoding("gpt2", **parts)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": theirs}[name])
     assert BPETokenizer.gpt2().tokens == tokens
     assert BPETokenizer.gpt2().encode("the<|endoftext|>") == [257, 258]

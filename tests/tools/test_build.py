@@ -11,6 +11,7 @@ from conftest import ROOT, logged, options
 
 from tools import build, hunt
 
+pytestmark = pytest.mark.usefixtures("place")
 PIECES = build.TEXTS["piece"]
 NUMBERS = range(1, len(PIECES) + 1)
 NAMES = [piece["function"] for piece in PIECES]
@@ -31,13 +32,6 @@ def write(number: int, code: str) -> None:
 
 def mistakes(number: int) -> str:
     return "\n".join(build.BuildConfig(number=number).find_mistakes())
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -99,11 +93,7 @@ def test_the_examples_in_the_texts_are_true(place):
     [
         (MLP, "        return self.c_fc(x)\n", r"shapes \(2, 3, 16\), \(2, 3, 4\) mismatch"),
         (MLP, "        return x.double()\n", r"dtypes float64, float32 mismatch"),
-        (
-            MLP,
-            "        return self.c_proj(gelu(self.c_fc(x)))\n",
-            r"with gelu='exact'\n(.*\n)* ACTUAL",
-        ),
+        (MLP, "        return self.c_proj(gelu(self.c_fc(x)))\n", r"gelu='exact'\n(.*\n)* ACTUAL"),
         (ATTENTION, "    return v[:, :, -q.size(2) :]\n", r"\[0, 0, 1, 0\]: \S+ \(ACTUAL\)"),
         (CACHE, "        return k, v\n", r"length after 3"),
         (CACHE, "        return k.T[0\n", r"model.py\", line \d+\n.*\n.*\n *SyntaxError"),
@@ -151,9 +141,8 @@ def test_the_copy_computes_what_the_project_computes_with_the_added_functions(ti
     expected = logged(tiny_run(dtype="float32"))
     build.make_copy(build.COPY)
     arguments = options(tiny_run, dtype="float32", out_dir="out/copy")
-    done = subprocess.run(
-        [sys.executable, build.COPY / "train.py", *arguments], env={}, capture_output=True
-    )
+    command = [sys.executable, build.COPY / "train.py", *arguments]
+    done = subprocess.run(command, env={}, capture_output=True)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(logged(Path("out/copy")), expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

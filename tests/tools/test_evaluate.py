@@ -29,9 +29,8 @@ def tokenizer() -> BPETokenizer:
 
 
 @pytest.fixture
-def model(tokenizer, tmp_path, monkeypatch) -> GPT:
+def model(tokenizer, place) -> GPT:
     """A random model, saved in out/tiny with dropout, which evaluation must turn off."""
-    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     shape = dict(block_size=T, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape))

@@ -18,6 +18,7 @@ from support.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from support.tokenizer import BPETokenizer, CharTokenizer
 from tools import export
 
+pytestmark = pytest.mark.usefixtures("place")
 ODD = " a  b\r\n\n\t\u3000\xa0\u2028'll 'S n't . ,\xe9e\u0301 \u4f60\U0001f468\u200d\U0001f469 "
 OURS = {
     "char": CharTokenizer.from_text(TEXT + ODD + "<|endoftext|>"),
@@ -44,11 +45,6 @@ def save_run(kind: str, **changed) -> GPT:
 
 def write(to: str, **options) -> None:
     export.main(export.ExportConfig(out_dir="out/run", to=to, **options))
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 SHAPES = [{}, {"tie_weights": False, "pad_vocab_to": 384}]

@@ -37,13 +37,6 @@ def code(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_the_file_of_hunts_is_complete():
     fields = {"mistake", "title", "symptom", "command", "hints", "tests", "lesson"}
     for each in hunt.HUNTS:

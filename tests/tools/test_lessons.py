@@ -131,16 +131,25 @@ def test_a_lesson_leaves_runs_a_figure_and_a_table(long_data, capsys):
     assert correct.startswith("| correct ") and "FAIL" not in correct
     assert "RuntimeError: expected target dtype to be Long" in int32
     assert bytes_.startswith("| mistake_7b ") and "FAIL files" in bytes_
-    for picture in ("7", "shapes"):
-        assert Path(f"pictures/lessons_{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("pictures/lessons_7.png").read_bytes().startswith(b"\x89PNG")
     assert Path("out/lessons/mistake_7b/ckpt.pt").exists()
-    with pytest.raises(UserError, match="only=9 must be 0 or one of 1 to 8"):
+    with pytest.raises(UserError, match="only=9 must be at least 0 and at most 8"):
         lessons.main(lessons.LessonsConfig(only=9))
 
 
-def test_shapes_in_the_figure_are_those_of_a_forward_pass():
-    shapes, sizes = [], lessons.SIZES
-    assert len(set(sizes.values())) == len(sizes)
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_a_run_that_ends_in_any_error_is_drawn_as_far_as_it_came(tmp_path, n):
+    records = [{"step": 0, "seconds": 0, "train_loss": 4.0, "val_loss": 4.0}]
+    records += [{"step": step, "seconds": step, "loss": 3.0} for step in (7, 14)]
+    correct = lessons.Run(lessons.CORRECT, "", "", records)
+    mine = lessons.Run(lessons.Mistake(9, "mistake_9"), "", "IndexError: a bug", records[:n])
+    lessons.draw_lesson(9, [correct, mine], lessons.LessonsConfig(pictures=str(tmp_path)))
+    assert (tmp_path / "lessons_9.png").exists() == (n > 0)
+
+
+def test_shapes_on_the_page_are_those_of_a_forward_pass():
+    sizes = {"B": 6, "T": 100, "C": 128, "nh": 4, "hs": 32, "V": 65, "3C": 384, "4C": 512}
+    shapes, start = [(6, 100)], 0
 
     class Record(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -148,21 +157,17 @@ def test_shapes_in_the_figure_are_those_of_a_forward_pass():
             for tensor in output if isinstance(output, tuple) else [output]:
                 shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
                 # attention may compute the heads of all sequences as one batch
-                heads = shape[0] == sizes["B"] * sizes["nh"] if shape else False
-                shapes.append((sizes["B"], sizes["nh"], *shape[1:]) if heads else shape)
+                shapes.append((6, 4, *shape[1:]) if shape[:1] == (6 * 4,) else shape)
             return output
 
-    config = GPTConfig(vocab_size=sizes["V"], block_size=100, n_layer=1, n_head=4, n_embd=128)
-    idx = torch.zeros(sizes["B"], sizes["T"], dtype=torch.int64)
-    shapes.append(tuple(idx.shape))
+    model = GPT(GPTConfig(65, block_size=100, n_layer=1, n_head=4, n_embd=128))
     with Record():
-        GPT(config)(idx, idx)
-    start = 0
-    for code, (shape, parts) in lessons.SHAPES.items():
-        wanted = tuple(sizes[letter] for letter in shape.split(", ") if letter)
-        assert wanted in shapes[start:], code
+        model(torch.zeros(6, 100, dtype=torch.int64))
+    table = PAGE[PAGE.index("| in `model.py` | shape |") :].split("\n\n")[0].splitlines()[2:]
+    for code, shape, example in (row.strip("| ").split(" | ") for row in table):
+        wanted = tuple(sizes[letter.strip("*")] for letter in shape.split(", "))
+        assert example == ", ".join(map(str, wanted)) and wanted in shapes[start:], code
         start = shapes.index(wanted, start) + 1
-        assert shape in ("", "B, T") or sum(parts) in (wanted[-1], 4 * wanted[-1])
 
 
 def test_the_page_shows_every_diff_and_option_and_picture():
@@ -170,14 +175,12 @@ def test_the_page_shows_every_diff_and_option_and_picture():
     for mistake in lessons.MISTAKES:
         assert (mistake.options or f"```diff\n{DIFFS[mistake.name]}```") in PAGE, mistake.name
     pictures = re.findall(r"\]\(pictures/lessons_(\w+)\.png\)", PAGE)
-    assert pictures == ["shapes", *dict.fromkeys(str(m.lesson) for m in lessons.MISTAKES)]
+    assert pictures == list(dict.fromkeys(str(m.lesson) for m in lessons.MISTAKES))
 
 
 def test_what_the_page_names_exists():
     for file, function in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE):
         assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), function
-    for path in re.findall(r"\]\((pictures/[^)]+)\)", PAGE):
-        assert (ROOT / "docs" / path).is_file(), path
     for path in re.findall(r"`((?:\w+/)*\w+\.py)`", PAGE):
         assert (ROOT / path).is_file(), path
 

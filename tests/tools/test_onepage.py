@@ -20,7 +20,7 @@ from support.checkpoint import Checkpoint, save_checkpoint
 from support.tokenizer import BPETokenizer, CharTokenizer
 from tools import onepage, playground
 
-browser_test = pytest.mark.browser
+pytestmark, browser_test = pytest.mark.usefixtures("place"), pytest.mark.browser
 TEXT = "The quick brown fox's 12 dogs, they'll jump over naïve 漢字 and 🦊🦊!\n\n  Two  lines…\r\n"
 # merges of characters that are white space in JavaScript alone, or in Unicode alone
 MERGES = [TEXT * 3, "low lower lowest newer wider " * 9, "!\ufeff" * 30 + "\n\x85" * 30]
@@ -78,11 +78,6 @@ def write_run(kind: str, start: str = "The", dtype=torch.float32) -> BPETokenize
     log = "".join(json.dumps(record) + "\n" for record in records)
     Path("out", kind, "log.jsonl").write_text(log, encoding="utf-8")
     return tokenizer
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def test_a_file_has_the_run_and_no_path_or_html_from_it(tmp_path, capsys, monkeypatch):

@@ -13,21 +13,19 @@ from support.checkpoint import Checkpoint, save_checkpoint
 from support.data import write_dataset
 from support.tokenizer import CharTokenizer
 from tools import pictures
-from tools.pictures import Curve, PicturesConfig, draw_curves, draw_optimizers
+from tools.pictures import Curve, PicturesConfig, draw_curves
 
 MODEL = GPT(GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=2, n_embd=8))
-EVALUATIONS = [{"step": n, "epoch": 1, "train_loss": 3.0, "val_loss": 3 - n / 4} for n in (0, 4, 8)]
+EPOCHS = [(0, 0), (4, 2.5), (8, 7.5)]  # at a step: the run was resumed with twice the batch
+EVALUATIONS = [{"step": n, "epoch": e, "train_loss": 3.0, "val_loss": 3 - n / 4} for n, e in EPOCHS]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch) -> Path:
+def run(place) -> Path:
     """The folder of a run with three evaluations. 2 of its 3 characters have 2 bytes."""
-    monkeypatch.chdir(tmp_path)
     write_dataset(Path("data/tiny"), CharTokenizer("aéö"), [0, 1], [0, 1, 2], 5, {})
-    options = {"dataset": "tiny", "optimizer": "muon"}
-    options |= {"gradient_accumulation_steps": 3, "batch_size": 5}
     dataset = json.loads(Path("data/tiny/meta.json").read_text(encoding="utf-8"))["sha256"]
-    state = dict(tokenizer={}, train_config=options, dataset=dataset, step=8, best_val_loss=1.0)
+    state = dict(tokenizer={}, train_config={"dataset": "tiny"}, dataset=dataset, step=8)
     save_checkpoint(Path("out/a/ckpt.pt"), Checkpoint(MODEL.config, MODEL.state_dict(), **state))
     Path("out/a/log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in EVALUATIONS))
     return Path("out/a")
@@ -35,9 +33,9 @@ def run(tmp_path, monkeypatch) -> Path:
 
 def test_a_curve_has_the_operations_and_the_bits_per_byte_of_each_evaluation(run):
     curve = pictures.read_curve(run)
-    assert curve.flops == [n * MODEL.flops_per_token(8) * 3 * 5 * 8 for n in (4, 8)]
+    assert curve.flops == [n * MODEL.flops_per_token(8) for n in (5, 15)]  # an epoch has 2 tokens
     assert curve.bits == pytest.approx([loss / math.log(2) * 3 / 5 for loss in (2, 1)])
-    assert (curve.name, curve.optimizer) == ("a", "muon")
+    assert curve.name == "a"
     assert curve.parameters == sum(p.numel() for p in MODEL.parameters()) / 1e6
 
 
@@ -78,24 +76,16 @@ def test_a_movie_has_a_frame_per_sample_and_stays_small(run, monkeypatch):
     assert (run / "learning.gif").stat().st_size < 100_000
 
 
-@pytest.mark.parametrize("compare", ["compute", "optimizers"])
-def test_runs_are_compared_in_one_picture(run, compare, capsys):
+def test_runs_are_compared_in_one_picture(run, capsys):
     run.with_name("b").symlink_to("a")
-    pictures.main(PicturesConfig(out_dir="out/a,out/b", compare=compare, picture="runs.png"))
+    pictures.main(PicturesConfig(out_dir="out/a,out/b", compare="compute", picture="runs.png"))
     a, b, drawn = capsys.readouterr().out.splitlines()
-    assert "million parameters, muon: 0.8656 bits per byte after " in a and b[0] == "b"
+    assert "million parameters: 0.8656 bits per byte after " in a and b[0] == "b"
     assert drawn == "drawn in runs.png" and Path("runs.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_line_has_the_evaluations_of_a_run_or_the_best_run_of_each_size():
-    ends = [("adamw", 1, 1e13, 2.4), ("adamw", 3, 3e13, 2.1)]
-    ends += [("muon", 1, 1e13, 2.2), ("muon", 1, 1e13, 2.3)]
-    curves = [Curve("run", n, name, [x / 2, x], [1, y]) for name, n, x, y in ends]
+def test_a_line_has_the_evaluations_of_a_run():
+    curves = [Curve("a", 1, [1e13, 2e13], [3, 2.5]), Curve("b", 3, [2e13, 4e13], [2.5, 2])]
     lines = draw_curves(curves, "a title").axes[0].get_lines()
-    assert [line.get_xydata().tolist() for line in lines] == [
-        [[x / 2, 1], [x, y]] for _, _, x, y in ends
-    ]
-    lines = draw_optimizers(curves[::-1], "a title").axes[0].get_lines()
-    points = [sorted(line.get_xydata().tolist()) for line in lines]
-    adamw = [[1e13, 2.4], [3e13, 2.1]]
-    assert points == [adamw, adamw, [[1e13, 2.2]], [[1e13, 2.2], [1e13, 2.3]]]
+    points = [line.get_xydata().tolist() for line in lines]
+    assert points == [[[1e13, 3], [2e13, 2.5]], [[2e13, 2.5], [4e13, 2]]]

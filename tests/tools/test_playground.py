@@ -49,18 +49,12 @@ def write_run(out_dir: str, step: int = 13) -> None:
     Path(out_dir, "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
-PAGE = (
-    ("/", b"<h1>"),
-    ("/playground.js", b"ask("),
-    ("/engine.js", b"GPT"),
-    ("/playground.css", b"{"),
-)
+PAGE = {"/": b"<h1>", "/playground.js": b"ask(", "/engine.js": b"GPT", "/playground.css": b"{"}
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch) -> Playground:
+def page(place) -> Playground:
     """Return the playground of one run."""
-    monkeypatch.chdir(tmp_path)
     write_run("out/tiny")
     return Playground(Checkpoints(["out/tiny"]))
 
@@ -137,6 +131,13 @@ def test_each_token_has_its_probability_and_a_look_at_it_shows_what_the_model_co
     assert any(len(ask(page, "look", "3", id=n)["candidates"]) == 11 for n in range(18))
 
 
+def test_a_prompt_is_not_read_as_an_argument(page, monkeypatch):
+    loaded = page.checkpoints.load(CHECKPOINT)._replace(tokenizer=CharTokenizer("/\\n~"))
+    monkeypatch.setattr(page.checkpoints, "load", lambda _: loaded)
+    for start in ("~/", "\\n"):
+        assert next(page.answer("write", to_write(start=start)))["prompt"] == start
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0}])
 def test_a_text_written_in_parts_is_the_text_written_at_once(page, options):
     _, *whole = ask_to_write(page, max_new_tokens=24, **options)
@@ -148,15 +149,12 @@ def test_a_text_written_in_parts_is_the_text_written_at_once(page, options):
         assert math.isclose(a["p"], b["p"], rel_tol=1e-4)
 
 
-def test_each_token_of_a_text_has_its_loss(page):
-    model, text = page.checkpoints.load(CHECKPOINT).model, "3 times 4 is 12.\n3"
+def test_a_text_is_read_as_far_as_the_context_goes(page):
+    text = "3 times 4 is 12.\n3"
     ids = TOKENIZER.encode(text)[:16]
     for answer in (ask(page, "read", text), ask(page, "read", text[:9], written=ids[9:])):
         assert ids_of(answer["tokens"]) == ids and bytes_of(answer["tokens"]) == text[:16].encode()
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]))[0][0, :-1]
-        expected = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-        torch.testing.assert_close(torch.tensor(answer["losses"]), expected)
+        assert len(answer["losses"]) == 15  # the next test has their values
     assert ask(page, "read", text)["count"] == 18
     answer = ask(page, "read", "3", maps=False)
     assert answer["losses"] == answer["weights"] == []
@@ -306,7 +304,7 @@ def send(port: int, method: str, path: str, body=None, **headers: str) -> tuple:
 
 
 def test_the_page_and_its_requests_are_answered(port):
-    for path, words in PAGE:
+    for path, words in PAGE.items():
         status, headers, body = send(port, "GET", path)
         assert status == 200 and words in body
         assert "default-src 'self'" in headers["Content-Security-Policy"]
