@@ -49,16 +49,6 @@ def configure(cls: type, argv: list[str] | None = None):
         sys.exit(2)
 
 
-def explain_missing_package(kind: type, error: BaseException, traceback) -> None:
-    """Print one line instead of a traceback if a package is not installed."""
-    if kind is not ModuleNotFoundError:
-        return sys.__excepthook__(kind, error, traceback)
-    print(f"error: {error}; run: pip install -r requirements.txt", file=sys.stderr)
-
-
-sys.excepthook = explain_missing_package  # scripts import this file before they import a package
-
-
 def run(main: typing.Callable, config) -> None:
     """Call main(config). Errors of the user or the system end in one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):  # a pipe on Windows would choose another encoding

@@ -15,12 +15,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from configurator import UserError, check_range, configure, run
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, check_range, configure, run
 from support import corpus
 from support.data import find_tokenizer, open_dataset
 from support.download import download, hub_url
@@ -29,15 +29,11 @@ from support.formats import FORMATS, files_below, format_of, read_documents
 from support.tokenizer import PIECES, BPETokenizer, from_dict
 
 # The revisions are fixed, because the content behind a name on the hub has changed before.
+OPENWEBTEXT = "datasets/Skylion007/openwebtext/resolve/79d93d786212f7344586290adb811d4ae6a1762c/"
+FINEWEB_EDU = "datasets/HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/"
 SOURCES = {  # name: its files on the hub, how many
-    "openwebtext": (
-        "datasets/Skylion007/openwebtext/resolve/79d93d786212f7344586290adb811d4ae6a1762c/plain_text/train-{:05}-of-00080.parquet",
-        80,
-    ),
-    "fineweb-edu": (
-        "datasets/HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT/{:03}_00000.parquet",
-        14,
-    ),
+    "openwebtext": (OPENWEBTEXT + "plain_text/train-{:05}-of-00080.parquet", 80),
+    "fineweb-edu": (FINEWEB_EDU + "sample/10BT/{:03}_00000.parquet", 14),
 }
 SAMPLE_BYTES = 32_000_000  # of text that a tokenizer is trained on
 
@@ -122,9 +118,8 @@ def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
         files = files_below(path) if path.is_dir() else [path]
         found = [file for file in files if format_of(file) and file.exists()]
         if not found:
-            formats = f"this script reads {', '.join(FORMATS)}, also .gz, .bz2 and .zst"
-            what = f"input={path}: no such file, or of another format; {formats}"
-            raise UserError(f"{what}; convert others with pandoc or pdftotext, and unpack archives")
+            what = f"no such file, or none of {', '.join(FORMATS)} (also .gz, .bz2, .zst)"
+            raise UserError(f"input={path}: {what}; convert others with pandoc, unpack archives")
         if others := [file.name for file in files if file not in found]:
             print(f"{path}: left out, of other formats or broken links: {', '.join(others)[:200]}")
         paths += found
@@ -134,15 +129,17 @@ def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
 
 
 def is_prepared(folder: Path, options: dict) -> bool:
-    """Return whether the data set is there, made with the same options from the same files."""
+    """Return whether the data set is there. Raises UserError if it was made with other options."""
     if (folder / "progress.json").exists() or not (folder / "meta.json").exists():
         return False
-    change = "damaged files"
-    with suppress(UserError, OSError):
-        change = corpus.difference(open_dataset(folder)[0].get("source", {}), options)
-    again = f"was prepared with {change}; preparing it again ..."
-    print(folder, again if change else "is there already; remove it to prepare it again")
-    return not change
+    try:
+        made_with = open_dataset(folder)[0].get("source", {})
+    except (UserError, OSError):
+        print(folder, "has damaged files; preparing it again ...")
+        return False
+    corpus.check_options(folder, made_with, options, folder)
+    print(folder, "is there already; remove it to prepare it again")
+    return True
 
 
 def make_tokenizer(config: PrepareConfig, shards: dict[Path, str]) -> BPETokenizer:

@@ -10,10 +10,10 @@ The text is Andrej Karpathy's tinyshakespeare or, without it, the same plays fro
 """
 
 import hashlib
-from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 
+from configurator import UserError, configure, run
 from support.data import find_tokenizer, write_dataset
 from support.download import download
 from support.files import lock_path, read_text

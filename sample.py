@@ -5,13 +5,13 @@ python sample.py --init_from=gpt2-xl --start="The answer to life is"
 """
 
 import codecs
-from configurator import UserError, check_range, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from configurator import UserError, check_range, configure, run
 from support import runtime
 from support.files import read_text
 from support.hub import load_model
@@ -51,8 +51,9 @@ def main(config: SampleConfig) -> None:
     """Load the model, encode the prompt, and print each text while it is written."""
     device = runtime.resolve_device(config.device)
     dtype = runtime.resolve_dtype(config.dtype, device)
+    saved = str(Path(config.out_dir, config.checkpoint))
     # without the rest of the checkpoint, which would stay in memory
-    model, tokenizer = load_model(config.init_from, config.out_dir, config.checkpoint)[:2]
+    model, tokenizer = load_model(saved if config.init_from == "resume" else config.init_from)[:2]
     model.to(device, dtype)  # each token reads all weights: half the bytes is twice the speed
     start = config.start
     if start.startswith("FILE:"):

@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from configurator import UserError, check_range, configure, quote, run
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from configurator import UserError, check_range, configure, quote, run
 from model import GPT
 from support import data, runtime
 from support.checkpoint import save_checkpoint

@@ -9,7 +9,6 @@ there are no random states to save. The keys are the fields of Checkpoint, but f
 import math
 import re
 import zipfile
-from configurator import UserError, one_line, quote
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from configurator import UserError, one_line, quote
 from model import GPT, GPTConfig
 from support.files import atomic_write
 

@@ -11,13 +11,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from configurator import UserError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from configurator import UserError
 from support.data import TOKEN, write_meta
 from support.files import atomic_write, progress_bar, replace
 from support.formats import read_documents
@@ -54,7 +54,6 @@ def load_progress(folder: Path, options: dict) -> Progress | None:
     Input files that are not done may have changed since: an error in one of them was corrected.
     """
     path = folder / "progress.json"
-    again = f"remove {path} to start again"
     try:
         progress = Progress(**json.loads(path.read_bytes()))
         done = None if progress.complete else progress.shards
@@ -62,21 +61,22 @@ def load_progress(folder: Path, options: dict) -> Progress | None:
             {k: v[:done] if type(v) is list else v for k, v in o.items()}
             for o in (progress.options, options)
         )
-        change, progress.counts = difference(then, now), Counter(progress.counts)
+        progress.counts = Counter(progress.counts)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError):
+        again = f"remove {path} to start again"
         raise UserError(f"{path}: damaged, or of an earlier version; {again}") from None
-    if change:
-        raise UserError(f"{folder} was begun with {change}; use another --dataset, or {again}")
+    check_options(folder, then, now, path)
     progress.options = options
     return progress
 
 
-def difference(then: dict, now: dict) -> str:
-    """Return "other values of size, column" for options that have changed, or "" if none has."""
-    changed = [name for name, value in now.items() if then.get(name) != value]
-    return f"other values of {', '.join(changed)}" if changed else ""
+def check_options(folder: Path, then: dict, now: dict, path: Path) -> None:
+    """Raise UserError if a data set was made with other options. Hours of work are not replaced."""
+    if changed := [name for name, value in now.items() if then.get(name) != value]:
+        what = f"{folder} was prepared with other values of {', '.join(changed)}"
+        raise UserError(f"{what}; use another --dataset, or remove {path} to start again")
 
 
 class Writer:

@@ -8,11 +8,11 @@ A data set is a folder, data/<name>/, with three files:
 """
 
 import json
-from configurator import UserError, one_line, quote
 from pathlib import Path
 
 import numpy as np
 
+from configurator import UserError, one_line, quote
 from support.files import atomic_write, file_sha256
 from support.tokenizer import BPETokenizer, Tokenizer, from_dict, load_tokenizer
 

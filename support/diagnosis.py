@@ -35,7 +35,6 @@ def explain(model: nn.Module, batch: Batch, another: Batch, dtype: torch.dtype) 
     return f"{where}, also in float32; cause: the weights are too large for any batch"
 
 
-@torch.random.fork_rng()
 def first_not_finite(model: nn.Module, batch: Batch, precision) -> tuple[float, str]:
     """Return the loss of a batch and the first output or gradient that is not finite, or ""."""
     found = []
@@ -49,7 +48,7 @@ def first_not_finite(model: nn.Module, batch: Batch, precision) -> tuple[float, 
 
     model.zero_grad(set_to_none=True)
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
-    with precision:
+    with precision, torch.random.fork_rng([batch[0].device] * batch[0].is_cuda):
         loss = model(*batch)[1]
     for hook in hooks:
         hook.remove()

@@ -5,7 +5,6 @@ The bytes that have arrived wait in NAME.part, and the next attempt asks for the
 
 import os
 import re
-from configurator import UserError, one_line
 from pathlib import Path
 
 import requests
@@ -13,6 +12,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError, IncompleteRead
 
+from configurator import UserError, one_line
 from support.files import file_sha256, lock_path, progress_bar, replace
 
 PAUSE = 0.5  # seconds; with 4 retries, urllib3 waits 0, 1, 2 and 4 s for a server that is not there
@@ -72,7 +72,9 @@ def fetch_rest(session: requests.Session, url: str, part: Path) -> str:
 
     Raises urllib3's HTTPError if the connection is lost in the middle: the next call goes on there.
     """
-    have = part.stat().st_size if part.exists() else 0
+    have = max(0, part.stat().st_size - 1) if part.exists() else 0
+    if have:
+        os.truncate(part, have)  # nothing can be asked for behind the last byte of a whole file
     ranges = {"Range": f"bytes={have}-"} if have else {}
     with session.get(url, headers=ranges, stream=True, timeout=30) as response:
         span = response.headers.get("Content-Range", "")  # bytes 100-199/200

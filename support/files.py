@@ -9,13 +9,13 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator
-from configurator import UserError, one_line
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from configurator import UserError, one_line
 from support.tokenizer import END_OF_TEXT
 
 MARKS = {  # byte order marks; that of UTF-32 begins with that of UTF-16

@@ -8,12 +8,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from configurator import UserError, one_line, quote
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from configurator import UserError, one_line, quote
 from support.files import CONVERT, clean, encoding_of
 from support.tokenizer import END_OF_TEXT
 

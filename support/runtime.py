@@ -8,15 +8,15 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from configurator import UserError
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from configurator import UserError
+
 ROOT = Path(__file__).parent.parent
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,7 +41,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     An old GPU gets float32, too: float16 can overflow, so it must be asked for.
     """
     if name != "auto":
-        return DTYPES[name]
+        return getattr(torch, name)
     if device.type == "cuda":  # bfloat16 in hardware came with Ampere, compute capability 8
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     elif device.type == "cpu":

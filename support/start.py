@@ -2,15 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
-from configurator import UserError
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from configurator import UserError
 from model import GPTConfig
 from support.checkpoint import Checkpoint, load_checkpoint
 from support.files import lock_path
-from support.hub import load_pretrained
+from support.hub import load_model
 from support.processes import Processes
 from support.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ def find_start(config, meta: dict, tokenizer: Tokenizer, processes: Processes) -
         shape = GPTConfig(tokenizer.vocab_size, **shape_options(config))
         state = Checkpoint(shape, {}, tokenizer.to_dict(), asdict(config), meta["sha256"])
     else:
-        model, its_tokenizer = load_pretrained(origin)
+        model, its_tokenizer = load_model(origin)[:2]
         if its_tokenizer.to_dict() != tokenizer.to_dict():
             raise UserError(
                 f"data/{config.dataset} was not made with the tokenizer of init_from={origin}; "

@@ -10,10 +10,11 @@ Both tokenizers have the same methods:
 
 import re
 from collections.abc import Iterable
-from configurator import UserError, one_line
 
 import numpy as np
 import tiktoken
+
+from configurator import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2 first splits text into words, then merges bytes inside each word: no token spans two words

@@ -152,8 +152,6 @@ class Server(ThreadingHTTPServer):
         self.faults: list[int | str] = []
         self.requests: list[tuple[str, str]] = []  # path, range
         self.seconds_per_block = 0.0
-        self.gate = threading.Event()  # it must be set before a file is sent
-        self.gate.set()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -188,7 +186,6 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206 if start else 200, headers | server.headers)
         for i in range(0, len(body), 1 << 16):
             time.sleep(server.seconds_per_block)
-            server.gate.wait()
             self.wfile.write(body[i : i + (1 << 16)])
 
     def log_message(self, *_) -> None:

@@ -1,11 +1,7 @@
 """Options from a dataclass, config files and the command line."""
 
-import os
-import re
 import runpy
-import subprocess
 import sys
-from configurator import UserError, check_range, configure, quote, read_options, run
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +9,7 @@ from typing import Literal
 import pytest
 from conftest import ROOT
 
+from configurator import UserError, check_range, configure, quote, read_options, run
 from train import TrainConfig
 
 
@@ -147,13 +144,6 @@ def test_what_a_shell_passes_is_understood(monkeypatch):
         read("--steps", "--flag")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="cmd.exe has no head")
-def test_help_may_be_cut_by_head():
-    command = f"{sys.executable} {ROOT / 'train.py'} --help | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert done.stdout == "Train a GPT.\n" and done.stderr == ""
-
-
 def test_an_old_python_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
     monkeypatch.setattr(sys, "version", "3.10.1 (main)")
@@ -199,13 +189,6 @@ def test_a_program_ends_without_a_traceback(error, code):
     with pytest.raises(SystemExit) as exit_:
         run(main, read())
     assert exit_.value.code == code
-
-
-def test_a_missing_package_ends_in_one_line_with_what_to_do(tmp_path):
-    command = [sys.executable, "-S", ROOT / "train.py"]  # -S: without installed packages
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert re.fullmatch(r"error: No module .*; run: pip install -r .*\n", done.stderr)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)

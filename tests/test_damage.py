@@ -2,15 +2,14 @@
 
 import json
 import os
-import pickle
 from collections.abc import Callable
-from configurator import UserError, one_line
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import logged
 
+from configurator import UserError, one_line
 from support.log import read_log
 from support.pictures import write_report
 
@@ -57,39 +56,25 @@ def saved(content: dict) -> Callable:
 
 
 CHECKPOINT = "ckpt.pt: can not be used as a checkpoint: "
-SHORT_VOCABULARY = {"tokenizer": {"kind": "char", "chars": "abcde"}, "vocab_size": 5}
 DAMAGES = [
-    ("ckpt.pt", cut(0), CHECKPOINT),
-    ("ckpt.pt", cut(0.5), CHECKPOINT),
+    ("ckpt.pt", cut(0.5), CHECKPOINT + "torch did not write it, or it is cut; a folder in Hugging"),
     ("ckpt.pt", flip(0.6), "a checksum inside is wrong; take another copy of it"),
-    ("ckpt.pt", write(b"<html>"), CHECKPOINT),
-    ("ckpt.pt", write(pickle.dumps(Malicious())), CHECKPOINT),
     ("ckpt.pt", edit(step=Malicious()), CHECKPOINT),
     ("ckpt.pt", edit(format=2), "its format is 2, not 1"),
     ("ckpt.pt", edit(model=None), CHECKPOINT + "'model'"),
     ("ckpt.pt", edit(model_config={"n_head": 3, "n_embd": 16}), CHECKPOINT),
-    ("ckpt.pt", edit(model_config={"unknown": 1}), CHECKPOINT),
     ("ckpt.pt", saved({"model_args": {}, "iter_num": 3}), "nanogpt; run: python -m tools.import_"),
     ("ckpt.pt", saved({"transformer.wte.weight": torch.ones(1)}), "GPT-2's weights alone"),
     ("ckpt.pt", saved({"state_dict": {}}), "it is of another program, with state_dict"),
     ("ckpt.pt", saved({"hparams": Path()}), "it is of another program, with objects of pathlib"),
-    ("ckpt.pt", write(b"GGUF" * 9), "torch did not write it, or it is cut; a folder in Hugging"),
-    ("ckpt.pt", Path.unlink, "ckpt.pt: no such checkpoint; train first"),
-    ("meta.json", Path.unlink, "its ids are not GPT-2's; run a prepare script"),
     ("meta.json", cut(0.5), "meta.json: "),
-    ("meta.json", write(b"\x80nonsense"), "meta.json: "),
     ("meta.json", write(b"[" * 100_000), "meta.json: "),
     ("meta.json", edit(tokenizer=None), "meta.json: has no 'tokenizer'; run a prepare script"),
     ("meta.json", edit(val_bytes=0), "a count is not positive"),
     ("meta.json", edit(train_tokens="many"), "a count is not positive"),
     ("meta.json", edit(sha256=[]), "tokenizer or sha256 is not an object"),
-    ("meta.json", edit(tokenizer={"kind": "char"}), "damaged tokenizer"),
-    ("meta.json", edit(train_tokens=3), "train.bin: has 12908 bytes, but meta.json says 6; run"),
-    ("meta.json", edit(**SHORT_VOCABULARY), "token id 17 is not in the vocabulary; run a prepare"),
-    ("train.bin", cut(0.5), "train.bin: has 6454 bytes, but meta.json says 12908"),
-    ("val.bin", write(b"1" * 1435), "val.bin: has 1435 bytes, but meta.json says 1436"),
-    ("val.bin", write(b"\x12\0" * 718), "val.bin: token id 18 is not in the vocabulary"),
-    ("val.bin", Path.unlink, "val.bin"),
+    ("train.bin", cut(0.5), "train.bin: has 6454 bytes, but meta.json says 12908; run a prepare"),
+    ("val.bin", write(b"\x12\0" * 718), "val.bin: token id 18 is not in the vocabulary; run a"),
 ]
 
 
@@ -98,7 +83,7 @@ def test_a_damaged_file_ends_a_run_in_one_line(tiny_run, name, damage, words):
     run = tiny_run(max_iters=0)
     damage({"ckpt.pt": run}.get(name, Path("data/tiny")) / name)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    with pytest.raises((UserError, OSError)) as error:
+    with pytest.raises(UserError) as error:
         tiny_run(init_from="resume")
     assert words in one_line(error.value) and not Path("was-run").exists()
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before

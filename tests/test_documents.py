@@ -17,7 +17,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
 def test_every_link_leads_to_a_file_and_a_heading(page):
-    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    link = r"""(?:\]\(|src=")(?!https?:)([^)"#]*)#?([^)"]*)[)"]"""  # Markdown's, and of <img>
+    links = re.findall(link, page.read_text(encoding="utf-8"))
     assert links
     for file, anchor in links:
         target = (page.parent / file) if file else page

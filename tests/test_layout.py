@@ -10,20 +10,20 @@ from conftest import ROOT
 
 SCRIPTS = {  # and the most lines that each may have
     "model.py": 285,
-    "train.py": 355,
+    "train.py": 353,
     "sample.py": 85,
-    "configurator.py": 200,
+    "configurator.py": 188,
     "prepare_shakespeare.py": 70,
-    "prepare_openweb.py": 177,
+    "prepare_openweb.py": 173,
 }
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
-    "*.py": 1_172,
-    "support/**/*.py": 2_290,
-    "tools/**/*.py": 1_900,
+    "*.py": 1_153,
+    "support/**/*.py": 2_246,
+    "tools/**/*.py": 1_890,
     "tools/*.[chj][st]*": 1_500,  # the page: css, html, js
     "docs/gpt.py": 150,
     "config/**/*.py": 230,
-    "tests/**/*.py": 7_620,
+    "tests/**/*.py": 7_400,
     "README.md": 150,
 }
 FLOORS = {  # what the files of a floor may import of this project

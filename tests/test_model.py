@@ -1,7 +1,6 @@
 """The model against `transformers`, and the properties that make it a causal language model."""
 
 import math
-from configurator import read_options
 from dataclasses import fields
 
 import pytest
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
 
 import model as model_module
+from configurator import read_options
 from model import GPT, GPTConfig, attention, sample_token
 from train import TrainConfig
 

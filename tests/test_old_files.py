@@ -1,7 +1,6 @@
 """Checkpoints and data sets that an earlier version wrote still work (see tests/old/README.md)."""
 
 import shutil
-from configurator import read_options
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from conftest import ROOT
 
 import sample
 import train
+from configurator import read_options
 from support.checkpoint import load_checkpoint
 from support.log import read_log
 

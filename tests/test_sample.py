@@ -66,15 +66,6 @@ def test_a_character_of_two_tokens_is_printed_when_it_is_complete(monkeypatch, c
     assert capsys.readouterr().out == "a\u00e9!\n"
 
 
-def test_the_checkpoint_is_all_that_sampling_needs(run, tmp_path, capsys):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (Path(run) / "best.pt").rename(elsewhere / "best.pt")
-    for path in (tmp_path / "data" / "tiny").iterdir():
-        path.unlink()
-    assert said(capsys, str(elsewhere), checkpoint="best.pt").startswith("3")
-
-
 def test_a_reader_that_closes_the_pipe_is_no_error(run):
     options = [f"--out_dir={run}", "--start=3", "--device=cpu", "--max_new_tokens=3000"]
     command = [sys.executable, ROOT / "sample.py", *options]

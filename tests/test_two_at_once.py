@@ -4,16 +4,15 @@ import os
 import subprocess
 import sys
 import threading
-from configurator import UserError
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_same_run, options
 from test_prepare_openweb import make_documents
 
 import prepare_openweb
 import prepare_shakespeare
 import train
+from configurator import UserError
 from support import start
 from support.files import lock_path
 from support.processes import Processes
@@ -112,7 +111,7 @@ def test_a_worker_of_torchrun_waits_for_one_that_is_ending(tmp_path, hold):
 
 
 def test_a_run_is_locked_from_the_reading_of_its_checkpoint_to_its_report(tiny_run, monkeypatch):
-    """Otherwise it could go on from one that another run, which is just ending, replaces."""
+    """Otherwise it could move away or continue what another run is just saving."""
     tiny_run(max_iters=1)
 
     def check_and(function):
@@ -128,29 +127,8 @@ def test_a_run_is_locked_from_the_reading_of_its_checkpoint_to_its_report(tiny_r
     with lock_path(Path("out/tiny")):  # only to look at a run that is at work is allowed
         tiny_run(init_from="resume", eval_only=True)
     monkeypatch.setattr(start, "load_checkpoint", check_and(start.load_checkpoint))
-    monkeypatch.setattr(train, "write_report", check_and(train.write_report))
-    tiny_run(init_from="resume")
-    assert calls == ["load_checkpoint", "write_report"]
-
-
-def test_a_second_training_in_one_folder_ends_in_one_line_and_moves_nothing(
-    tiny_run, before_update
-):
-    alone, seen = tiny_run(out_dir="out/alone"), set()
-
-    def list_files() -> dict[str, int]:
-        return {path.name: path.stat().st_mtime_ns for path in Path("out/tiny").iterdir()}
-
-    def start_another(step, *_) -> None:
-        if step == 6:
-            before = list_files()
-            args = [sys.executable, ROOT / "train.py", *options(tiny_run)]
-            other = subprocess.run(args, capture_output=True, encoding="utf-8")
-            assert (other.returncode, other.stderr.count("\n")) == (1, 1), other.stderr
-            assert REFUSAL in other.stderr
-            assert list_files() == before and not Path("out/tiny.1").exists()
-            seen.update(before)
-
-    before_update(start_another)
-    assert_same_run(tiny_run(), alone)
-    assert "ckpt.pt" in seen  # so there was something to move
+    for name in ("make_run_folder", "write_report"):
+        monkeypatch.setattr(train, name, check_and(getattr(train, name)))
+    for init_from in ("resume", "scratch"):
+        tiny_run(init_from=init_from)
+    assert calls == ["load_checkpoint", "write_report", "make_run_folder", "write_report"]

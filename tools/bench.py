@@ -24,7 +24,6 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable
-from configurator import UserError, check_range, configure, run
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
@@ -35,16 +34,16 @@ from typing import Literal
 import torch
 from matplotlib.figure import Figure
 
+from configurator import UserError, check_range, configure, run
 from model import GPT, GPTConfig
 from support import runtime
 from support.data import open_dataset
 from support.files import atomic_write
 from support.pictures import markdown_table, save_figure
-from support.runtime import DTYPES, dtype_name, resolve_device, resolve_dtype
+from support.runtime import ROOT, dtype_name, resolve_device, resolve_dtype
 from support.tokenizer import import_transformers
 from train import TrainConfig
 
-ROOT = Path(__file__).parent.parent
 RACES = ROOT / "tools/races.toml"
 SAVES = 8  # checkpoints of each side of a race
 WHOLE = 2  # seconds: a checkpoint that has not changed for so long is complete, also nanoGPT's
@@ -130,11 +129,12 @@ def time_product(dtype: str, device: torch.device, flops: int) -> float:
     """Return the tokens per second of training if it were nothing but large matrix products."""
     runtime.set_up(device)
     n = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[dtype])
+    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
     return 2 * n**3 / median_seconds(lambda: a @ b, device) / flops
 
 
 def throughput(config: BenchConfig) -> tuple[dict[str, Callable], int]:
+    """Return {side: a function that measures its tokens per second}, and operations per token."""
     device, meta = resolve_device(config.device), open_dataset(Path("data", config.dataset))[0]
     rows = max(meta["vocab_size"], config.pad_vocab_to)
     with torch.device("meta"):  # weights without memory
@@ -161,7 +161,7 @@ def race(config: BenchConfig) -> None:
         raise UserError("nanogpt is empty; name a copy of https://github.com/karpathy/nanoGPT")
     rows = open_dataset(Path("data", config.dataset))[0]["vocab_size"]
     to, cells = Path("out/bench/race", config.dataset), []
-    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     for side in sides:
         name, is_ours = side["name"], side["program"] == "ours"
@@ -183,7 +183,8 @@ def race(config: BenchConfig) -> None:
         cells.append([name, f"{minutes[-1]:.1f}", f"{curve[-1]['loss']:.4f}", f"{bits[-1]:.4f}"])
     axes.set_title(f"{config.dataset}: {result['machine']}, {result['date']}")
     axes.set(xlabel="minutes since the program started", ylabel="validation loss (bits per byte)")
-    axes.set_ylim(top=1.4 * axes.get_ylim()[0])  # the beginning of training is far above
+    lowest = axes.dataLim.y0
+    axes.set_ylim(0.97 * lowest, 1.5 * lowest)  # training begins far above
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, to.with_suffix(".png"))
@@ -244,7 +245,7 @@ def time_writing(side: str, dtype: str, B: int, config: BenchConfig) -> float:
         model.generation_config.update(min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
     else:
         model = GPT(GPTConfig(50_257, block_size=config.block_size, **shape))
-    model = model.to(device, DTYPES[dtype]).eval()
+    model = model.to(device, getattr(torch, dtype)).eval()
     if side == "ours":
         runtime.pack_weights(model)
     prompt = torch.zeros(B, 1, dtype=torch.int64, device=device)
@@ -287,15 +288,11 @@ def about(config: BenchConfig) -> dict[str, str]:
     }
 
 
-# Functions that return {side: a function that measures its tokens per second}, operations per token
-BENCHMARKS = {"throughput": throughput, "generate": generate}
-
-
 @runtime.explain_out_of_memory()
 def main(config: BenchConfig) -> None:
     if config.what == "race":
         return race(config)
-    sides, flops = BENCHMARKS[config.what](config)
+    sides, flops = throughput(config) if config.what == "throughput" else generate(config)
     to = Path("out/bench", config.what)
     print(f"measuring {'; '.join(sides)} for {to}.jsonl and {to}.png ...", flush=True)
     rounds = [[time_side() for time_side in sides.values()] for _ in range(config.rounds)]
@@ -325,5 +322,6 @@ def main(config: BenchConfig) -> None:
 
 if __name__ == "__main__":
     words = [word.removeprefix("--config=") for word in sys.argv[1:]]
-    words = [f"--what={word}" if word in (*BENCHMARKS, "race") else word for word in words]
+    names = ("throughput", "race", "generate")
+    words = [f"--what={word}" if word in names else word for word in words]
     run(main, configure(BenchConfig, words))

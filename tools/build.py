@@ -11,10 +11,10 @@ import ast
 import sys
 import tempfile
 import tomllib
-from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 
+from configurator import UserError, configure, run
 from support.files import read_text
 from tools import hunt
 

@@ -15,7 +15,6 @@ on an exported model: tools.export writes a folder that lm-evaluation-harness re
 import json
 import math
 from collections.abc import Iterator
-from configurator import UserError, check_range, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +24,7 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from configurator import UserError, check_range, configure, run
 from support import runtime
 from support.data import open_tokens, read_meta
 from support.files import read_text
@@ -97,13 +97,13 @@ def main(config: EvaluateConfig) -> None:
     """Print the figures of a model on a file."""
     device = runtime.resolve_device(config.device)
     dtype = runtime.resolve_dtype(config.dtype, device)
-    model, tokenizer, checkpoint = load_model(config.init_from, config.out_dir, config.checkpoint)
-    T, name, data = model.config.block_size, config.init_from, config.data
-    if checkpoint is not None:
-        name = str(Path(config.out_dir) / config.checkpoint)
-        data = data or str(Path("data") / checkpoint.train_config["dataset"] / "val.bin")
-    if not data:
+    saved = str(Path(config.out_dir, config.checkpoint))
+    name = saved if config.init_from == "resume" else config.init_from
+    model, tokenizer, checkpoint = load_model(name)
+    T, data = model.config.block_size, config.data
+    if not data and checkpoint is None:
         raise UserError(f"init_from={name} has no val.bin; name a .txt or .bin with --data")
+    data = data or str(Path("data", checkpoint.train_config["dataset"], "val.bin"))
     stride = config.stride or T
     if stride > T:
         raise UserError(f"stride is {stride} but must be at most {T}, the model's block_size")

@@ -8,11 +8,11 @@ and lm-evaluation-harness. The second has a checkpoint for sample.py without the
 which is more than half of a checkpoint.
 """
 
-from configurator import UserError, configure, one_line, run
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from configurator import UserError, configure, one_line, run
 from model import GPT
 from support import files, hub
 from support.checkpoint import save_checkpoint
@@ -37,7 +37,7 @@ def main(config: ExportConfig) -> None:
     folder, path = Path(config.to), Path(config.out_dir) / config.checkpoint
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"to={folder}: exists and is not an empty folder; name a new folder")
-    model, tokenizer, checkpoint = hub.load_model("resume", config.out_dir, config.checkpoint)
+    model, tokenizer, checkpoint = hub.load_model(str(path))
     print(f"{path}: writing {model.num_params():,} parameters to {folder} ...")
     if config.weights_only:
         save_checkpoint(folder / "ckpt.pt", replace(checkpoint, optimizers=None, scaler=None))
@@ -50,7 +50,7 @@ def main(config: ExportConfig) -> None:
 
 
 def write_folder(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Write what load_pretrained and transformers read, completely or not at all.
+    """Write what load_model and transformers read, completely or not at all.
 
     Missing biases are written as zeros; rows of padding and a tied head are not written.
     """

@@ -18,11 +18,11 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from configurator import UserError, check_range, configure, run
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from configurator import UserError, check_range, configure, run
 from support.files import atomic_write, read_text
 
 ROOT = Path(__file__).parent.parent

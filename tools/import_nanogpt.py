@@ -11,12 +11,12 @@ with their weights, --init_from=out/imported.
 
 import math
 import zipfile
-from configurator import UserError, configure, one_line, run
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from configurator import UserError, configure, one_line, run
 from model import GPTConfig
 from support.checkpoint import Checkpoint, build_model, save_checkpoint
 from support.data import read_meta
@@ -63,8 +63,7 @@ def convert(theirs: dict) -> Checkpoint:
     shape = GPTConfig(**arguments)
     model = build_model(shape, weights)
     # An optimizer numbers its parameters. nanoGPT's order: all matrices, then all vectors.
-    parameters = list(model.parameters())
-    their_order = [p for p in parameters if p.dim() >= 2] + [p for p in parameters if p.dim() < 2]
+    their_order = sorted(model.parameters(), key=lambda p: p.dim() < 2)
     (adamw,) = make_optimizers(model, TrainConfig(optimizer="adamw"), torch.float32)
     our_order = [p for group in adamw.param_groups for p in group["params"]]
     numbers, optimizer = {p: i for i, p in enumerate(our_order)}, theirs["optimizer"]

@@ -11,7 +11,6 @@ through the preflight, and trains phase 1 for one epoch on the CPU, to out/lesso
 import re
 import shutil
 import tempfile
-from configurator import check_range, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from configurator import check_range, configure, run
 from support.log import read_log
 from support.pictures import markdown_table, save_figure
 from tools import hunt
@@ -33,8 +33,7 @@ class LessonsConfig:
     pictures: str = "out/lessons"  # folder of the figures
 
 
-@dataclass(frozen=True)
-class Mistake:
+class Mistake(NamedTuple):
     """The change in tools/mistakes/<name>.diff or, if there are `options`, in those alone."""
 
     lesson: int

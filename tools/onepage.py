@@ -9,9 +9,9 @@ import base64
 import hashlib
 import json
 import re
-from configurator import UserError
 from pathlib import Path
 
+from configurator import UserError
 from model import GPT
 from support.files import atomic_write
 from support.tokenizer import Tokenizer

@@ -13,7 +13,6 @@ little from that of tools.evaluate.
 import io
 import math
 import textwrap
-from configurator import UserError, configure, run
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,6 +20,7 @@ from typing import Literal, NamedTuple
 from matplotlib.figure import Figure
 from PIL import Image  # matplotlib needs it, too
 
+from configurator import UserError, configure, run
 from support.checkpoint import build_model, load_checkpoint
 from support.data import read_meta
 from support.files import atomic_write

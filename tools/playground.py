@@ -15,7 +15,6 @@ import re
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from configurator import UserError, check_range, configure, read_options, run
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler
@@ -28,12 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from configurator import UserError, check_range, configure, read_options, run
 from model import GPT
 from sample import SampleConfig
-from support import tokenizer as tokenizers
-from support.checkpoint import build_model, load_checkpoint
+from support.hub import load_model
 from support.log import read_log
 from support.runtime import explain_out_of_memory, resolve_device
+from support.tokenizer import Tokenizer
 from tools.onepage import write_page
 
 MODEL_LOCK = threading.Lock()  # requests run in threads; one at a time observes or changes a model
@@ -72,7 +72,7 @@ class Loaded(NamedTuple):
     """A checkpoint that is ready to be used."""
 
     model: GPT
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: Tokenizer
     step: int
     start: str  # the prompt of the samples that the run logged
 
@@ -103,35 +103,6 @@ class Loaded(NamedTuple):
 def changed_at(path: Path) -> float:
     """Return when a file was last changed, in seconds; 0 if there is no file."""
     return path.stat().st_mtime if path.exists() else 0.0
-
-
-class Checkpoints:
-    """The checkpoints of some runs, each loaded at its first use and after a change of its file."""
-
-    def __init__(self, out_dirs: list[str], first: str = "ckpt.pt", device="cpu") -> None:
-        self.device = device
-        names = dict.fromkeys((first, "ckpt.pt", "best.pt"))
-        self.runs = {out_dir: [f"{out_dir}/{name}" for name in names] for out_dir in out_dirs}
-        self.loaded: dict[str, tuple[float, Loaded]] = {}  # with the time of its file
-        self.lock = threading.Lock()
-
-    def find(self) -> dict[str, list[str]]:
-        """Return, for each run, the paths of the checkpoints that exist now."""
-        return {run: [p for p in paths if Path(p).is_file()] for run, paths in self.runs.items()}
-
-    def load(self, path: str) -> Loaded:
-        """Return the checkpoint as it is on the disk now. Raises UserError."""
-        if not any(path in paths for paths in self.runs.values()):
-            raise UserError(f"{path or 'no checkpoint yet'}: choose a checkpoint of a run")
-        with self.lock:
-            version = changed_at(Path(path))
-            if path not in self.loaded or self.loaded[path][0] != version:
-                checkpoint = load_checkpoint(Path(path))
-                model = build_model(checkpoint.shape, checkpoint.weights).to(self.device).eval()
-                tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
-                start = checkpoint.train_config.get("sample_start", "\n")
-                self.loaded[path] = version, Loaded(model, tokenizer, checkpoint.step, start)
-            return self.loaded[path][1]
 
 
 def digits(x: Tensor) -> list:
@@ -176,10 +147,34 @@ def observe(model: GPT, idx: Tensor, masked: bool = True) -> tuple[list[dict], T
 
 
 class Playground:
-    """Answers to the page's requests. `fields` is the JSON object that the page sent."""
+    """Answers to the page's requests. `fields` is the JSON object that the page sent.
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
+    Each checkpoint of the runs is loaded at its first use and after a change of its file.
+    """
+
+    def __init__(self, out_dirs: list[str], first: str = "ckpt.pt", device="cpu") -> None:
+        self.device = device
+        names = dict.fromkeys((first, "ckpt.pt", "best.pt"))
+        self.paths = {out_dir: [f"{out_dir}/{name}" for name in names] for out_dir in out_dirs}
+        self.loaded: dict[str, tuple[float, Loaded]] = {}  # with the time of its file
+        self.lock = threading.Lock()
+
+    def find(self) -> dict[str, list[str]]:
+        """Return, for each run, the paths of the checkpoints that exist now."""
+        return {run: [p for p in paths if Path(p).is_file()] for run, paths in self.paths.items()}
+
+    def load(self, path: str) -> Loaded:
+        """Return the checkpoint as it is on the disk now. Raises UserError."""
+        if not any(path in paths for paths in self.paths.values()):
+            raise UserError(f"{path or 'no checkpoint yet'}: choose a checkpoint of a run")
+        with self.lock:
+            version = changed_at(Path(path))
+            if path not in self.loaded or self.loaded[path][0] != version:
+                model, tokenizer, checkpoint = load_model(path)
+                model.to(self.device).eval()
+                start = checkpoint.train_config.get("sample_start", "\n")
+                self.loaded[path] = version, Loaded(model, tokenizer, checkpoint.step, start)
+            return self.loaded[path][1]
 
     def answer(self, action: str, fields: dict) -> Iterator[dict]:
         """Yield the answers of an action. If it fails, the last one is {"error": the reason}."""
@@ -193,7 +188,7 @@ class Playground:
 
     def runs(self, fields: dict) -> Iterator[dict]:
         """The checkpoints of each run, and the run whose log changed last."""
-        runs = self.checkpoints.find()
+        runs = self.find()
         newest = max(runs, key=lambda run: changed_at(Path(run, "log.jsonl")))
         yield {"runs": runs, "newest": newest}
 
@@ -203,7 +198,7 @@ class Playground:
         To go on with a text, `written` has the ids of its tokens after the prompt. A text written
         in parts is the text written at once: the random numbers of the parts before are skipped.
         """
-        loaded, written = self.checkpoints.load(fields["checkpoint"]), fields["written"]
+        loaded, written = self.load(fields["checkpoint"]), fields["written"]
         values = {"start": loaded.start} | fields["options"]
         start = values.pop("start")  # as it is: an argument of ~/ would become the home folder
         ids = loaded.encode(start, written)
@@ -233,7 +228,7 @@ class Playground:
         tokens after each layer; the attention of the last token in each head; and, for the last
         eight tokens, the values of `observe` in one layer and one head.
         """
-        loaded = self.checkpoints.load(fields["checkpoint"])
+        loaded = self.load(fields["checkpoint"])
         idx = loaded.idx(loaded.encode(fields["text"], fields["written"]))
         layers, logits = observe(loaded.model, idx)
         order = logits[-1].argsort(descending=True).tolist()
@@ -263,7 +258,7 @@ class Playground:
 
         With `maps` also the attention weights. Without `masked`, tokens also look at later ones.
         """
-        loaded = self.checkpoints.load(fields["checkpoint"])
+        loaded = self.load(fields["checkpoint"])
         ids = loaded.encode(fields["text"], fields["written"])
         limit = loaded.model.config.block_size
         idx = loaded.idx(ids[: max(1, min(fields["count"], limit))])
@@ -278,7 +273,7 @@ class Playground:
     def log(self, fields: dict) -> Iterator[dict]:
         """The records in the log of a run; nothing if the page has this version of the log."""
         run = fields["run"]
-        if run not in self.checkpoints.runs:
+        if run not in self.paths:
             raise UserError(f"{run}: not a run of this page")
         version = changed_at(Path(run, "log.jsonl"))
         if version == 0 or version != fields["version"]:
@@ -352,13 +347,13 @@ class Handler(BaseHTTPRequestHandler):
 
 def main(config: PlaygroundConfig) -> None:
     out_dirs, device = config.out_dir.split(","), resolve_device(config.device)
-    playground = Playground(Checkpoints(out_dirs, config.checkpoint, device))
+    playground = Playground(out_dirs, config.checkpoint, device)
     if config.to:
-        loaded = playground.checkpoints.load(f"{out_dirs[0]}/{config.checkpoint}")
+        loaded = playground.load(f"{out_dirs[0]}/{config.checkpoint}")
         logs = playground.answer("log", {"run": out_dirs[0], "version": None})
         facts = loaded.facts() | {"records": [r for log in logs for r in log.get("records", [])]}
         return write_page(Path(config.to), loaded.model, loaded.tokenizer, facts, config.weights)
-    for out_dir, paths in playground.checkpoints.find().items():
+    for out_dir, paths in playground.find().items():
         if not paths:
             print(f"{out_dir}: no checkpoint yet; the page offers it when it exists")
     try:

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from configurator import UserError, configure, run
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configurator import UserError, configure, run
 from model import GPT
 from support import runtime
 from support.data import eval_parts, open_dataset
@@ -173,7 +173,7 @@ def print_bill(config, model: GPT, draw: Callable, n_train: int, processes) -> N
 
 def main(config: PreflightConfig) -> None:
     """Print a line per check and then the bill. Raises UserError if a check fails."""
-    if "RANK" in os.environ:
+    if os.environ.get("RANK"):  # train.py takes an empty one as none, too
         raise UserError("the preflight needs a single process; run it without torchrun")
     print(f"checking data/{config.dataset} ...", flush=True)
     if config.init_from in OWN:

@@ -1,13 +1,13 @@
 """Checkpoints: what is written, what is read, and models from their weights."""
 
 import math
-from configurator import UserError
 from dataclasses import replace
 
 import pytest
 import torch
 
 import sample
+from configurator import UserError
 from model import GPT, GPTConfig
 from support.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 

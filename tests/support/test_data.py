@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-from configurator import UserError
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import tiktoken
 from conftest import TEXT
 
+from configurator import UserError
 from support import data
 from support.data import Tokens, gather, open_dataset, random_offsets, write_dataset
 from support.tokenizer import BPETokenizer, CharTokenizer
@@ -103,11 +103,6 @@ def test_a_file_name_that_is_no_utf8_is_written_with_an_escape(tmp_path):
     write_dataset(tmp_path, CharTokenizer("ab"), [0], [1], 1, {"file": "caf\udce9"})
     assert b"caf\\udce9" in (tmp_path / "meta.json").read_bytes()
     assert open_dataset(tmp_path)[0]["source"]["file"] == "caf\udce9"
-
-
-def test_a_data_set_that_is_not_there_is_named_with_those_that_are(dataset):
-    with pytest.raises(UserError, match=r"nowhere.*run a prepare script .*; data has tiny"):
-        open_dataset(dataset.parent / "nowhere")
 
 
 def as_llm_c(ids: np.ndarray, dtype: str = "<u2") -> bytes:

@@ -1,13 +1,13 @@
 """The error of a run whose loss or gradient is not finite names the cause."""
 
 import math
-from configurator import UserError
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import logged
 
+from configurator import UserError
 from model import GPT, GPTConfig
 from support.diagnosis import explain
 

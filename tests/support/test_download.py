@@ -2,11 +2,11 @@
 
 import hashlib
 import threading
-from configurator import UserError
 
 import pytest
 import requests
 
+from configurator import UserError
 from support.download import download
 
 CONTENT = bytes(i * i % 251 for i in range(300_000))
@@ -40,8 +40,10 @@ def test_a_file_with_another_checksum_is_downloaded_again(file, tmp_path):
 def test_a_download_goes_on_where_it_stopped_or_the_program_was_killed(file, server, tmp_path):
     (tmp_path / "file.part").write_bytes(CONTENT[:1000])
     assert file("cut", 503, "part") == CONTENT
-    ranges = ["bytes=1000-", "bytes=150500-", "bytes=150500-", "bytes=225250-"]
+    ranges = ["bytes=999-", "bytes=150498-", "bytes=150498-", "bytes=225248-"]
     assert [wanted for _, wanted in server.requests] == ranges
+    (tmp_path / "whole.part").write_bytes(CONTENT)
+    assert file(name="whole") == CONTENT and server.requests == [("/file", "bytes=299999-")]
     server.headers = {"X-Linked-Etag": '"a git hash, not a sha256"'}
     for fault in ("ignore", "shift"):
         assert file("cut", fault, name=fault) == CONTENT
@@ -77,8 +79,8 @@ def test_neither_an_old_part_nor_another_range_gives_a_wrong_file(file, tmp_path
         ([404], "404 Client Error: Not Found", 0),
         ([500] * 9, "500 Server Error", 0),
         (["wrong"], "the sha256 of the file is not", 0),
-        (["cut"] * 20, "IncompleteRead", 299_414),
-        (["cut", *[503] * 9], "503 Server Error", 150_000),
+        (["cut"] * 20, "IncompleteRead", 299_413),
+        (["cut", *[503] * 9], "503 Server Error", 149_999),
     ],
     ids=str,
 )

@@ -3,13 +3,13 @@
 import hashlib
 import os
 import unicodedata
-from configurator import UserError
 
 import pytest
 from filelock import SoftFileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configurator import UserError
 from support import files
 from support.files import atomic_write, clean, file_sha256, lock_path, read_text
 

@@ -2,13 +2,13 @@
 
 import json
 from collections import Counter
-from configurator import UserError
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from configurator import UserError
 from support.formats import MENDED, format_of, read_documents
 
 TEXTS = ["first, text", 'a "second"\nof two lines', "3rd"]

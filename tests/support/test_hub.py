@@ -4,7 +4,6 @@ import json
 import socket
 import sys
 import types
-from configurator import UserError
 from pathlib import Path
 
 import huggingface_hub
@@ -15,8 +14,9 @@ from conftest import TEXT
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from configurator import UserError
 from support.checkpoint import Checkpoint, save_checkpoint
-from support.hub import EMBEDDING, HEAD, REVISIONS, load_model, load_pretrained
+from support.hub import EMBEDDING, HEAD, REVISIONS, load_model
 from support.tokenizer import END_OF_TEXT, from_dict
 from tools.export import write_folder
 
@@ -81,7 +81,7 @@ def test_logits_and_token_ids_equal_those_of_transformers(folder, changed):
     theirs = make_folder(folder, **changed)
     if "vocab_size" in changed:
         edit(folder / "tokenizer.json", add_token("[PAD]"))  # no text contains it
-    ours, tokenizer = load_pretrained("theirs")
+    ours, tokenizer, _ = load_model("theirs")
     c = ours.config
     assert (tokenizer.vocab_size, c.vocab_size, c.dropout) == (V, V, 0)
     assert c.pad_vocab_to == (V + 18 if "vocab_size" in changed else 0)
@@ -104,10 +104,10 @@ def test_special_tokens_may_have_any_ids(folder, first, last):
     make_folder(folder, vocab_size=theirs.get_vocab_size())
     theirs.save(str(folder / "tokenizer.json"))
     text = TEXT + ODD + "a".join(["", *first, *last, ""])
-    model, ours = load_pretrained("theirs")
+    model, ours, _ = load_model("theirs")
     write_folder(Path("again"), model, ours)
     saved = from_dict(json.loads(json.dumps(ours.to_dict())))
-    for tokenizer in (ours, saved, load_pretrained("again")[1]):
+    for tokenizer in (ours, saved, load_model("again")[1]):
         assert tokenizer.encode(text) == theirs.encode(text).ids
         assert tokenizer.vocab_size == theirs.get_vocab_size()
         assert tokenizer.end_of_text == (first.index(END_OF_TEXT) if first else None)
@@ -122,10 +122,10 @@ def test_weights_of_old_files_give_the_same_model(folder):
             stored[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
         stored[HEAD] = stored["wte.weight"].clone()
 
-    before = load_pretrained("theirs")[0].state_dict()
+    before = load_model("theirs")[0].state_dict()
     edit(folder / "model.safetensors", change)
     edit(folder / "config.json", {"auto_map": {"AutoConfig": "code.Config"}})  # never run
-    torch.testing.assert_close(load_pretrained("theirs")[0].state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(load_model("theirs")[0].state_dict(), before, rtol=0, atol=0)
 
 
 TOKENIZER = "its tokenizer is not like GPT-2's"
@@ -161,7 +161,7 @@ def test_what_gpt_would_compute_otherwise_is_refused_in_one_line(folder, file, c
 
 def assert_refused(name: str, words: str) -> None:
     with pytest.raises(UserError) as error:
-        load_pretrained(name)
+        load_model(name)
     text = str(error.value)
     assert text.startswith(name) and words in text and "\n" not in text and len(text) < 400
 
@@ -173,10 +173,10 @@ def test_an_unknown_name_and_a_missing_package_are_one_line(folder, monkeypatch)
     old = types.SimpleNamespace(__version__="4.57.1")
     monkeypatch.setitem(sys.modules, "transformers", old)
     with pytest.raises(UserError, match=r"^transformers 4\.57\.1 is too old; run: pip install -U"):
-        load_pretrained("theirs")
+        load_model("theirs")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"^transformers is not installed; run: pip install"):
-        load_pretrained("theirs")
+        load_model("theirs")
 
 
 def test_a_name_is_a_commit_on_the_hub_and_no_pickle_is_downloaded(folder, monkeypatch):
@@ -196,14 +196,14 @@ def test_a_name_is_a_commit_on_the_hub_and_no_pickle_is_downloaded(folder, monke
         ("someone/gpt2", "someone/gpt2", None),
     ]:
         expected[:] = repository, revision
-        assert load_pretrained(name)[0].config == load_pretrained("theirs")[0].config
+        assert load_model(name)[0].config == load_model("theirs")[0].config
 
 
 def test_a_run_or_a_pretrained_name_gives_model_tokenizer_and_checkpoint(folder):
-    loaded, tokenizer = load_pretrained("theirs")
+    loaded, tokenizer, none = load_model("theirs")
     saved = Checkpoint(loaded.config, loaded.state_dict(), tokenizer.to_dict(), {}, {}, 2, 1.5)
     save_checkpoint(Path("run/ckpt.pt"), saved)
-    model, again, checkpoint = load_model("resume", "run", "ckpt.pt")
+    model, again, checkpoint = load_model("run")
     assert checkpoint.step == 2 and again.to_dict() == tokenizer.to_dict()
     torch.testing.assert_close(model.state_dict(), loaded.state_dict(), rtol=0, atol=0)
-    assert load_model("theirs", "none", "none")[2] is None
+    assert none is None and load_model("run/ckpt.pt")[2].step == 2

@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-from configurator import UserError
 from contextlib import suppress
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -14,6 +13,7 @@ import pytest
 from conftest import ROOT, logged, options
 
 import train
+from configurator import UserError
 from support import log
 from support.log import read_log, shorten
 

@@ -2,10 +2,10 @@
 
 import hashlib
 import zipfile
-from configurator import UserError
 
 import pytest
 
+from configurator import UserError
 from support import plays
 
 MARKDOWN = r"""# The Play

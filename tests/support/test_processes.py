@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import time
-from configurator import UserError
 from pathlib import Path
 
 import psutil
@@ -13,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, logged, options, weights
 
+from configurator import UserError
 from support.processes import Processes
 
 # gloo needs a network interface; without a network only this one works.

@@ -6,7 +6,6 @@ import platform
 import signal
 import subprocess
 import sys
-from configurator import UserError
 from contextlib import nullcontext
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 import sample
 import train
+from configurator import UserError
 from model import GPT, GPTConfig
 from support import runtime
 from support.processes import Processes

@@ -1,7 +1,6 @@
 """Where a run starts: anew, at its checkpoint, pretrained; and what is refused or said."""
 
 import os
-from configurator import UserError
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from conftest import TEXT, assert_same_run
 
 import prepare_shakespeare
 import train
+from configurator import UserError
 from support import data, start
 from support.checkpoint import build_model, load_checkpoint
 from support.processes import Processes
@@ -99,7 +99,7 @@ def test_a_pretrained_run_has_its_own_shape_a_shorter_context_and_can_be_resumed
     source = load_checkpoint(tiny_run(max_iters=3, pad_vocab_to=32, out_dir="out/a") / "ckpt.pt")
     model = build_model(source.shape, source.weights)
     tokenizer = data.open_dataset(Path("data/tiny"))[1]
-    monkeypatch.setattr(start, "load_pretrained", lambda name: (model, tokenizer))
+    monkeypatch.setattr(start, "load_model", lambda name: (model, tokenizer, None))
     options = {"init_from": "some/name", "n_layer": 5, "block_size": 8, "dropout": 0.2}
     state = find(tiny_run, **options)
     shape = state.shape

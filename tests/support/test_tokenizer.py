@@ -1,7 +1,6 @@
 """Byte pair encoding is exact for any bytes and gives the same ids as other libraries."""
 
 import json
-from configurator import UserError
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configurator import UserError
 from support.tokenizer import PIECES, SPLIT_PATTERN, BPETokenizer, CharTokenizer, from_dict
 
 TEXT = "the cat sat on the mat; it's the cat's mat, isn't it? 1234 "

@@ -3,12 +3,12 @@
 import re
 import subprocess
 import sys
-from configurator import UserError
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, logged, options
 
+from configurator import UserError
 from tools import build, hunt
 
 pytestmark = pytest.mark.usefixtures("place")

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from configurator import UserError
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import pytest
 import torch
 from conftest import TEXT, logged
 
+from configurator import UserError
 from model import GPT, GPTConfig
-from support import hub
 from support.checkpoint import Checkpoint, save_checkpoint
 from support.data import write_dataset
 from support.tokenizer import BPETokenizer
@@ -119,8 +118,8 @@ def test_a_bin_has_the_bytes_of_its_texts_and_the_models_tokenizer(model, tokeni
 
 
 def test_a_pretrained_model_is_scored(model, tokenizer, figures, monkeypatch):
-    monkeypatch.setattr(hub, "load_pretrained", {"gpt2": (model, tokenizer)}.get)
     expected = {**figures(data="text.txt"), "model": "gpt2"}
+    monkeypatch.setattr(evaluate, "load_model", {"gpt2": (model, tokenizer, None)}.get)
     assert figures(init_from="gpt2", out_dir="none", data="text.txt") == expected
     with pytest.raises(UserError, match=r"init_from=gpt2 has no val\.bin; name"):
         figures(init_from="gpt2")

@@ -5,13 +5,13 @@ import re
 import string
 import subprocess
 import sys
-from configurator import UserError
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 import prepare_shakespeare
+from configurator import UserError
 from tools import hunt
 from tools.lessons import MISTAKES
 

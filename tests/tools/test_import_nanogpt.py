@@ -1,7 +1,6 @@
 """A checkpoint of nanoGPT becomes one of ours: same logits, same next step, same tokenizer."""
 
 import sys
-from configurator import UserError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from conftest import weights
 
 import train
+from configurator import UserError
 from model import GPT, GPTConfig
 from support.checkpoint import build_model, load_checkpoint
 from support.data import open_dataset

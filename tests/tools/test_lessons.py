@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 import re
 import sys
-from configurator import UserError, read_options
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import prepare_shakespeare
 import train
+from configurator import UserError, read_options
 from model import GPT, GPTConfig, attention
 from support.data import Tokens, gather
 from tools import hunt, lessons

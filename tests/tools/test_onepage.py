@@ -6,7 +6,6 @@ The tests with a browser need what test_playground_browser.py needs.
 import json
 import random
 import re
-from configurator import UserError
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from playwright.sync_api import expect
 from test_playground_browser import HOSTILE, chromium, opened, write_file
 
+from configurator import UserError
 from model import GPT, GPTConfig, candidates
 from support.checkpoint import Checkpoint, save_checkpoint
 from support.tokenizer import BPETokenizer, CharTokenizer
@@ -146,7 +146,7 @@ def test_the_engine_answers_what_pytorch_answers(kind, weights, tolerance, monke
     """Logits, probabilities, attention, and 200 greedy tokens, far past a context of 24."""
     monkeypatch.setattr(playground, "digits", lambda x: x.tolist())  # not rounded
     write_run(kind, dtype=getattr(torch, weights))
-    server = playground.Playground(playground.Checkpoints([f"out/{kind}"]))
+    server = playground.Playground([f"out/{kind}"])
     sampling = dict(temperature=0, top_k=None, top_p=None, max_new_tokens=200, seed=1)
     greedy, short = sampling | {"start": PROMPT}, {"text": "The quick brown fox's", "count": 99}
     with opened_file(kind, weights=weights) as page:

@@ -2,12 +2,12 @@
 
 import json
 import math
-from configurator import UserError
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageSequence
 
+from configurator import UserError
 from model import GPT, GPTConfig
 from support.checkpoint import Checkpoint, save_checkpoint
 from support.data import write_dataset

@@ -8,7 +8,6 @@ import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from configurator import UserError
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
@@ -20,11 +19,12 @@ from torch.nn import functional as F
 
 import model as model_file
 import sample
+from configurator import UserError
 from sample import SampleConfig
 from support.checkpoint import Checkpoint, save_checkpoint
 from support.tokenizer import CharTokenizer
 from tools import playground
-from tools.playground import Checkpoints, Playground
+from tools.playground import Playground
 
 CHECKPOINT = "out/tiny/ckpt.pt"
 OPTIONS = {"start": "3 times", "temperature": 0.8, "max_new_tokens": 40, "seed": 1337}
@@ -56,7 +56,7 @@ PAGE = {"/": b"<h1>", "/playground.js": b"ask(", "/engine.js": b"GPT", "/playgro
 def page(place) -> Playground:
     """Return the playground of one run."""
     write_run("out/tiny")
-    return Playground(Checkpoints(["out/tiny"]))
+    return Playground(["out/tiny"])
 
 
 def to_write(checkpoint=CHECKPOINT, written=(), **options) -> dict:
@@ -94,7 +94,7 @@ def test_the_text_is_the_one_that_sample_py_prints(page, options, start, capsys)
 
 def test_each_token_has_its_probability_and_a_look_at_it_shows_what_the_model_computed(page):
     _, *written = ask_to_write(page, temperature=1.5, top_p=0.9)
-    model = page.checkpoints.load(CHECKPOINT).model
+    model = page.load(CHECKPOINT).model
     ids = TOKENIZER.encode("3 times") + ids_of(written)
     for i, token in enumerate(written, start=len("3 times")):
         seen = dict(written=ids[len("3 times") : i], id=ids[i], layer=1, head=1)
@@ -132,8 +132,8 @@ def test_each_token_has_its_probability_and_a_look_at_it_shows_what_the_model_co
 
 
 def test_a_prompt_is_not_read_as_an_argument(page, monkeypatch):
-    loaded = page.checkpoints.load(CHECKPOINT)._replace(tokenizer=CharTokenizer("/\\n~"))
-    monkeypatch.setattr(page.checkpoints, "load", lambda _: loaded)
+    loaded = page.load(CHECKPOINT)._replace(tokenizer=CharTokenizer("/\\n~"))
+    monkeypatch.setattr(page, "load", lambda _: loaded)
     for start in ("~/", "\\n"):
         assert next(page.answer("write", to_write(start=start)))["prompt"] == start
 
@@ -165,7 +165,7 @@ def unmasked_attention(q, k, v, dropout=0.0):
 
 
 def test_the_maps_have_the_attention_and_the_loss_with_and_without_the_mask(page, monkeypatch):
-    model, before = page.checkpoints.load(CHECKPOINT).model, model_file.attention
+    model, before = page.load(CHECKPOINT).model, model_file.attention
     x = torch.tensor([TOKENIZER.encode("3 times")])
     assert len(ask(page, "read", "3 times", count=4)["tokens"]) == 4
     for masked, attention in ((True, before), (False, unmasked_attention)):
@@ -190,7 +190,7 @@ def test_the_maps_have_the_attention_and_the_loss_with_and_without_the_mask(page
 
 def test_a_text_stays_the_same_while_another_thread_looks_at_attention(page):
     alone = ask_to_write(page)
-    model, x = page.checkpoints.load(CHECKPOINT).model, torch.zeros(1, 16, dtype=torch.int64)
+    model, x = page.load(CHECKPOINT).model, torch.zeros(1, 16, dtype=torch.int64)
     with ThreadPoolExecutor(1) as pool:
         looks = [pool.submit(playground.observe, model, x, False) for _ in range(300)]
         assert ask_to_write(page) == alone and len(alone) == 41
@@ -220,7 +220,7 @@ def test_a_text_stays_the_same_while_another_thread_looks_at_attention(page):
 )
 def test_a_mistake_is_a_sentence_and_the_next_request_works(page, action, changed, words):
     shutil.copytree("out/tiny", "out/other")
-    page.checkpoints.runs["out/none"] = []
+    page.paths["out/none"] = []
     fields = {**to_write(), "text": "3", "id": 0, "layer": 0, "head": 0, "version": 0} | changed
     *_, answer = page.answer(action, fields)
     assert words in answer["error"] and len(ask_to_write(page)) == 41
@@ -232,7 +232,7 @@ def test_running_out_of_memory_is_a_sentence(page, monkeypatch):
 
 
 def test_a_run_is_offered_as_soon_as_it_has_a_checkpoint(page):
-    page = Playground(Checkpoints(["out/later"]))
+    page = Playground(["out/later"])
     assert next(page.answer("runs", {}))["runs"] == {"out/later": []}
     assert "no such checkpoint" in ask_to_write(page, "out/later/ckpt.pt")[0]["error"]
     write_run("out/later")
@@ -246,7 +246,7 @@ def test_a_run_is_offered_as_soon_as_it_has_a_checkpoint(page):
 
 def test_the_newest_run_is_the_one_whose_log_changed_last(page):
     shutil.copytree("out/tiny", "out/old")
-    page = Playground(Checkpoints(["out/none", "out/old", "out/tiny"]))
+    page = Playground(["out/none", "out/old", "out/tiny"])
     for seconds, out_dir in enumerate(("out/tiny", "out/old"), start=10):
         log = Path(out_dir, "log.jsonl")
         os.utime(log, times=(log.stat().st_mtime + seconds,) * 2)
@@ -254,7 +254,7 @@ def test_the_newest_run_is_the_one_whose_log_changed_last(page):
 
 
 def test_a_checkpoint_is_read_once_and_again_when_training_replaced_it(page):
-    load = page.checkpoints.load
+    load = page.load
     assert load(CHECKPOINT) is load(CHECKPOINT) and load(CHECKPOINT).step == 13
     write_run("out/tiny", step=18)
     assert load(CHECKPOINT).step == 18
@@ -304,10 +304,10 @@ def send(port: int, method: str, path: str, body=None, **headers: str) -> tuple:
 
 
 def test_the_page_and_its_requests_are_answered(port):
+    policy = "default-src 'self'; img-src data:; frame-ancestors 'none'"  # and no page can show it
     for path, words in PAGE.items():
         status, headers, body = send(port, "GET", path)
-        assert status == 200 and words in body
-        assert "default-src 'self'" in headers["Content-Security-Policy"]
+        assert status == 200 and words in body and headers["Content-Security-Policy"] == policy
     status, headers, body = send(port, "POST", "/write", json.dumps(to_write()).encode())
     assert status == 200 and len(body.splitlines()) == 41
     assert "Access-Control-Allow-Origin" not in headers
@@ -380,7 +380,7 @@ def test_a_text_ends_when_the_page_closes_the_connection(port, capsys, monkeypat
 
 
 def test_out_dir_may_name_several_runs_and_a_port_in_use_is_named(capsys):
-    assert Checkpoints(["a"], first="best.pt").runs == {"a": ["a/best.pt", "a/ckpt.pt"]}
+    assert Playground(["a"], first="best.pt").paths == {"a": ["a/best.pt", "a/ckpt.pt"]}
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port}: .* in use; choose another --port"):

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from configurator import UserError
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 import model
 import train
+from configurator import UserError
 from model import GPT, GPTConfig
 from support import data, runtime
 from support.tokenizer import CharTokenizer
@@ -183,6 +183,7 @@ def test_the_bill_counts_tokens_operations_seconds_and_money(bill, monkeypatch):
     ],
 )
 def test_what_slows_a_run_down_is_a_warning(bill, monkeypatch, best, changed, warned):
-    types = runtime.DTYPES | {"auto": runtime.DTYPES[best]}
-    monkeypatch.setattr(runtime, "resolve_dtype", lambda name, _: types[name])
+    monkeypatch.setattr(
+        runtime, "resolve_dtype", lambda name, _: getattr(torch, best if name == "auto" else name)
+    )
     assert re.findall("warning: (.*)", bill(**changed)) == [warned] * bool(warned)
