@@ -2,7 +2,7 @@
 
     python -m tools.bench throughput --config=config/phase1_char.py --nanogpt=../nanoGPT
     python -m tools.bench generate --transformers
-    python -m tools.bench race --dataset=shakespeare_char --nanogpt=../nanoGPT   # takes an hour
+    python -m tools.bench race --dataset=shakespeare_char --nanogpt=../nanoGPT   # 20 minutes
 
 The options and config files of train.py are accepted, too. Training is measured as users see it, by
 starting train.py, and nanoGPT's own, and reading what they print. All sides are measured in turn,

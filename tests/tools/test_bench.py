@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from configurator import UserError, read_options
 from model import GPT, GPTConfig
@@ -200,6 +202,14 @@ def test_a_race_ends_with_its_minutes(enter, nanogpt, monkeypatch):
     with pytest.raises(UserError, match="wrote no checkpoint"):
         enter(minutes=0.02, steps=20)
     assert time.time() < started + 20
+
+
+def test_every_side_of_a_race_has_options_of_train(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for dataset, sides in tomllib.loads(bench.RACES.read_text("utf-8")).items():
+        for side in sides:
+            options = read_options(bench.TrainConfig, side["options"].split())
+            assert options.dataset == dataset and side["program"] in ("ours", "nanoGPT")
 
 
 @pytest.mark.slow
