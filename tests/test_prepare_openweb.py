@@ -280,7 +280,8 @@ PLACES = {  # owner, function, which call, error, how many shards are saved then
 def test_an_interrupted_run_continues(hub, monkeypatch, moment):
     """As with the kills above, but at the places that matter, each for certain."""
     expected = contents(run(dataset="whole"))
-    run(dataset="again", size="100KB")  # an earlier data set in the same folder
+    run(dataset="again", size="100KB")
+    Path("data/again/val.bin").unlink()  # of an earlier data set in the same folder
     *where, shards = PLACES[moment]
     interrupt_at(monkeypatch, *where, dataset="again")
     if shards is not None:

@@ -70,7 +70,7 @@ def test_both_programs_train_the_same_model_and_data(tiny_run, nanogpt, capsys, 
     rows = measure(tiny_run, capsys, "throughput", **changed)
     theirs, speed = rows["nanoGPT"], rows["nanoGPT"]["tokens_per_second"]
     flops = GPT(GPTConfig(24, n_layer=2, n_head=2, n_embd=16)).flops_per_token(16)
-    assert 0 < speed <= 2 * 4 * 16 / 0.02 and rows["ours"]["tokens_per_second"] > 0
+    assert 0 < speed < 1.1 * 2 * 4 * 16 / 0.02 and rows["ours"]["tokens_per_second"] > 0
     assert theirs["gflops"] == pytest.approx(flops * speed / 1e9, abs=0.05)
     assert theirs["share_of_bfloat16_product"] == pytest.approx(speed / 4e6, abs=1e-3)
     assert list(rows) == ["ours", "nanoGPT", "bfloat16 product", "float32 product"]
