@@ -56,7 +56,7 @@ class BenchConfig(TrainConfig):
     # benchmark
     what: Literal["throughput", "race", "generate"] = "throughput"  # what to measure
     rounds: int = 3  # measurements of each side
-    seconds: int = 20  # throughput: seconds of training in a measurement
+    seconds: int = 20  # seconds of training in which a step is measured
     nanogpt: str = ""  # folder of a copy of nanoGPT, to measure it too
     transformers: bool = False  # generate: measure transformers too
 
@@ -171,7 +171,8 @@ def race(config: BenchConfig) -> None:
         if result.get("side") != side:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            saved = train_side(side, ROOT if is_ours else Path(config.nanogpt), rows, scratch)
+            folder = ROOT if is_ours else Path(config.nanogpt)
+            saved = train_side(side, folder, rows, config.seconds, scratch)
             curve = [{"minutes": minutes, **score(path, is_ours)} for minutes, path in saved]
             result = {"side": side, **about(config), "curve": curve}
             with atomic_write(file) as writing:
@@ -183,23 +184,22 @@ def race(config: BenchConfig) -> None:
         cells.append([name, f"{minutes[-1]:.1f}", f"{curve[-1]['loss']:.4f}", f"{bits[-1]:.4f}"])
     axes.set_title(f"{config.dataset}: {result['machine']}, {result['date']}")
     axes.set(xlabel="minutes since the program started", ylabel="validation loss (bits per byte)")
-    lowest = axes.dataLim.y0
-    axes.set_ylim(0.97 * lowest, 1.5 * lowest)  # training begins far above
+    axes.set_ylim(0.97 * axes.dataLim.y0, 1.5 * axes.dataLim.y0)  # training begins far above
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, to.with_suffix(".png"))
     print(markdown_table(["side", "minutes", "loss", "bits per byte"], cells, right={1, 2, 3}))
 
 
-def train_side(side: dict, folder: Path, vocab_size: int, to: Path) -> list[tuple[float, Path]]:
-    """Train for at most side["minutes"]; return the checkpoints, each with the minutes until it.
+def train_side(side: dict, folder: Path, vocab_size: int, seconds: int, to: Path) -> list[tuple]:
+    """Train for at most side["minutes"]; return [(minutes until a checkpoint, its file), ...].
 
-    The speed is measured first, so that the learning rate's schedule ends in time.
+    A step is measured first, for `seconds`, so that the learning rate's schedule ends in time.
     """
     options = asdict(configure(TrainConfig, side["options"].split()))
     if not (steps := side.get("steps")):
-        before, seconds = time_steps(folder, options, vocab_size, 20)
-        steps = (0.9 * 60 * side["minutes"] - before) / seconds  # some machines drift
+        before, each = time_steps(folder, options, vocab_size, seconds)
+        steps = (0.9 * 60 * side["minutes"] - before) / each  # some machines drift
     interval = int(steps / SAVES)
     steps = SAVES * interval
     options |= dict(max_iters=steps, lr_decay_iters=steps, eval_interval=interval, eval_iters=1)
