@@ -293,7 +293,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
                 moments = [optimizer.state_dict() for optimizer in optimizers]
                 whole = replace(state, optimizers=moments, scaler=scaler.state_dict())
                 save_checkpoint(out_dir / "ckpt.pt", whole)
-                saved_at = time.perf_counter()
+                saved_at = log.pause(step)
             if stop:
                 log.say(f"saved and stopped after step {step:,}; continue: --init_from=resume")
                 # Without a signal here, another process got it.

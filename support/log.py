@@ -82,13 +82,13 @@ class Log:
         """Log the losses after `step` updates."""
         self._record(step, train_loss=train_loss, val_loss=val_loss)
         self._say_at(step, f"training loss {train_loss:.4f} | validation loss {val_loss:.4f}")
-        self._pause(step)
+        self.pause(step)
 
     def sample(self, step: int, text: str) -> None:
         """Log a text that the model wrote after `step` updates."""
         self._record(step, sample=text)
         self._say_at(step, shorten(text))
-        self._pause(step)
+        self.pause(step)
 
     def status(self, words: str) -> None:
         """Show what the program is doing, behind the progress bar or, before step 1, as a line."""
@@ -113,10 +113,11 @@ class Log:
     def _say_at(self, step: int, words: str) -> None:
         self.say(f"step {step:6,} | epoch {self.epoch(step):5.2f} | {words}")
 
-    def _pause(self, step: int) -> None:
-        """Do not count the time since the last log line as training."""
+    def pause(self, step: int) -> float:
+        """Return the time. What passed since the last log line will not count as training."""
         self.bar.unpause()
         self.interval_started, self.interval_step = time.perf_counter(), step
+        return self.interval_started
 
     def _record(self, step: int, **figures) -> None:
         if not self.is_first:

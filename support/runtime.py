@@ -42,6 +42,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name != "auto":
         return getattr(torch, name)
+    fast = False  # Apple's GPU computes bfloat16 no faster than float32
     if device.type == "cuda":  # bfloat16 in hardware came with Ampere, compute capability 8
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     elif device.type == "cpu":
@@ -50,8 +51,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         # Intel's AVX-512 multiplies in bfloat16 half as fast as in float32, AMD's twice as fast.
         intel = "Intel" in features.get("cpu_name", "")
         fast = fast or (features.get("avx512_bf16", False) and not intel)
-    else:
-        fast = False  # Apple's GPU computes bfloat16 no faster than float32
     return torch.bfloat16 if fast else torch.float32
 
 
