@@ -34,6 +34,6 @@ min_lr = 0.0
 eval_interval = 245
 eval_iters = 16
 sample_interval = 490
-sample_start = "The"
+sample_start = "It was"
 sample_tokens = 150
 log_interval = 10
