@@ -20,8 +20,8 @@ block_size = 512
 bias = True
 tie_weights = False
 
-# 8 * 16 * 512 = 65,536 tokens per step, shared by up to 8 processes. On one GPU --batch_size=64
-# --gradient_accumulation_steps=2 is the same update in less time (H200: 0.6 of it) and in 26 GB.
+# 8 * 16 * 512 = 65,536 tokens per step, shared by up to 8 processes. --batch_size=64
+# --gradient_accumulation_steps=2 is the same update with 26 GB, in 0.6 of the time on an H200.
 batch_size = 16
 gradient_accumulation_steps = 8
 max_iters = 21000

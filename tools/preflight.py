@@ -1,6 +1,6 @@
 """Check data, model and machine before a long run, and estimate what the run costs.
 
-    python -m tools.preflight config/phase3_gpt2.py --batch_size=64 --dollars_per_hour=2
+    python -m tools.preflight config/phase3_gpt2.py --dollars_per_hour=2
 
 The options are those of train.py and one more. No run is resumed, and no file is written. On a GPU
 the checks need no more memory than the run itself.
