@@ -200,9 +200,7 @@ def test_the_examples_of_the_page_print_what_it_shows():
     assert len(example.examples) > 40
     for part in example.examples:
         part.want = part.want.replace("```\n", "")  # the end of a code block is no output
-    threads = torch.get_num_threads()
     try:
         assert doctest.DocTestRunner(NearNumbers()).run(example).failed == 0
     finally:
         torch.set_printoptions(profile="default")
-        torch.set_num_threads(threads)
