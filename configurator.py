@@ -114,11 +114,12 @@ def read_config_file(path: str, values: dict, accepted: dict) -> dict:
         raise UserError(f"{path}: a config file is Python, as n_layer = 4; its name ends in .py")
     namespace = {**values, "__name__": "config", "__file__": path}
     try:
-        exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
+        tree = ast.parse(Path(path).read_bytes(), path)
+        exec(compile(tree, path, "exec"), namespace)
     except (Exception, SystemExit) as error:
         raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
-    if names := namespace.get("__annotations__"):
-        raise UserError(f"{path}: write {next(iter(names))} = ... instead of a colon")
+    if names := [ast.unparse(n.target) for n in tree.body if isinstance(n, ast.AnnAssign)]:
+        raise UserError(f"{path}: write {names[0]} = ... instead of a colon")
     return {
         name: check(name, value, accepted, path)
         for name, value in namespace.items()

@@ -34,7 +34,6 @@ class SampleConfig:
     seed: int = 1337  # the same seed writes the same texts
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
-    compile: bool = False  # torch.compile takes longer than most texts
 
     def __post_init__(self) -> None:
         check_range(self, 1, 1 << 31, "num_samples", "max_new_tokens", "top_k")
@@ -57,14 +56,11 @@ def main(config: SampleConfig) -> None:
     model.to(device, dtype)  # each token reads all weights: half the bytes is twice the speed
     start = config.start
     if start.startswith("FILE:"):
-        start = read_text(Path(start.removeprefix("FILE:")))
+        start = read_text(Path(start.removeprefix("FILE:")).expanduser())
     if not start:
         raise UserError("start is empty; a model needs a prompt to continue, as in --start=A")
     prompt = torch.tensor([tokenizer.encode(start)], device=device)  # (1, T)
-    if config.compile:
-        model.compile()
-    else:
-        runtime.pack_weights(model)
+    runtime.pack_weights(model)
     options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
     generator = torch.Generator(device).manual_seed(config.seed)
     for n in range(config.num_samples):

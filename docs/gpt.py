@@ -3,9 +3,9 @@
     python prepare_shakespeare.py    # once: gets the text
     python docs/gpt.py               # trains for about two minutes on two CPU cores, then writes
 
-The rest of the project does the same for real; tests hold that model.py and train.py compute what
-this file computes. Letters for shapes: B sequences in a batch, T tokens in a sequence, C channels
-of a token, V tokens in the vocabulary, nh attention heads with hs = C / nh channels each.
+The rest of the project does the same for real; tests check that model.py and train.py compute
+what this file computes. Letters for shapes: B sequences in a batch, T tokens in a sequence, C
+channels of a token, V tokens in the vocabulary, nh attention heads with hs = C / nh channels each.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 n_layer, n_head, n_embd = 2, 4, 128  # blocks, attention heads, channels
 block_size, batch_size = 128, 32  # tokens in a sequence, sequences in a batch
-max_iters, warmup_iters = 800, 50  # steps; those at the start in which the learning rate rises
+max_iters, warmup_iters = 800, 50  # all steps; the first ones, in which the learning rate rises
 learning_rate, grad_clip = 1e-2, 1.0  # the highest learning rate, the largest gradient norm
 weight_decay, beta1, beta2 = 0.1, 0.9, 0.95  # AdamW: pull of matrices towards 0, memory of means
 seed = 1337  # all options have the names that they have in train.py
@@ -82,8 +82,8 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight  # one matrix reads tokens and writes them
         for name, p in self.named_parameters():
             if p.dim() == 2:  # small: at first all tokens are about equally likely
-                parts = 2 * n_layer if name.endswith("c_proj.weight") else 1  # that add to x
-                nn.init.normal_(p, std=0.02 / math.sqrt(parts))
+                n_sums = 2 * n_layer if name.endswith("c_proj.weight") else 1  # results added to x
+                nn.init.normal_(p, std=0.02 / math.sqrt(n_sums))
             elif name.endswith(".bias"):
                 nn.init.zeros_(p)
 

@@ -43,7 +43,7 @@ class Checkpoint:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint. An earlier file stays complete until the new one replaces it.
 
-    Raises UserError if a weight is not finite, and OSError if the disk does not take the file.
+    Raises UserError if a weight is not finite or the disk does not take the file.
     """
     if not all(w.isfinite().all() for w in checkpoint.weights.values()):
         raise UserError(

@@ -90,16 +90,16 @@ def open_dataset(folder: Path) -> tuple[dict, Tokenizer, Tokens, Tokens]:
 
 def open_tokens(path: Path, vocab_size: int) -> Tokens:
     """Return the token ids of a .bin file. Raises UserError if they are not uint16 or too large."""
-    tokens = Tokens(path)
+    tokens, file = Tokens(path), path.as_posix()  # in a text of Python, \t would be a tab
     ids = tokens.open()
     if ids[:3].tobytes() == b"\x93NUMPY":
-        write = f"python -c \"import numpy; numpy.load('{path}').astype('<u2').tofile('new.bin')\""
+        write = f"python -c \"import numpy; numpy.load('{file}').astype('<u2').tofile('new.bin')\""
         raise UserError(f"{path}: is a .npy file, not plain uint16; rewrite it: {write}")
     dtype, offset = guess_layout(ids, vocab_size)
     if (dtype, offset) != (TOKEN, 0):
         numbers = f"{8 * dtype.itemsize}-bit {'big' if dtype.str[0] == '>' else 'little'}-endian"
         header = f" after a header of {offset} bytes" * (offset > 0)
-        read = f"numpy.fromfile('{path}', '{dtype.str}', offset={offset})"
+        read = f"numpy.fromfile('{file}', '{dtype.str}', offset={offset})"
         write = f"python -c \"import numpy; {read}.astype('{TOKEN.str}').tofile('new.bin')\""
         what = f"{path}: has {numbers} numbers{header}, not plain little-endian uint16"
         raise UserError(f"{what}; rewrite it: {write}")

@@ -197,10 +197,10 @@ def catch_signals() -> Iterator[list[int]]:
     def receive(number: int, _frame) -> None:
         received.append(number)
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before[number])
             # Not print(): the signal may interrupt another print.
             with suppress(OSError):  # the reader of a pipe has ended
-                os.write(1, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+                os.write(1, b"\nstopping after this step or evaluation; Ctrl-C again: at once\n")
 
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]

@@ -51,7 +51,7 @@ def find_start(config, meta: dict, tokenizer: Tokenizer, processes: Processes) -
             raise UserError(
                 f"data/{config.dataset} was not made with the tokenizer of init_from={origin}; "
                 "prepare the text again with --tokenizer=gpt2 for OpenAI's models, otherwise with "
-                "--tokenizer=data/NAME/meta.json of the data set that it was trained on"
+                "the model's own: --tokenizer=ITS_FOLDER or --tokenizer=data/NAME/meta.json"
             )
         T, weights = min(config.block_size, model.config.block_size), model.state_dict()
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
@@ -107,10 +107,10 @@ def make_run_folder(out_dir: Path) -> None:
     """Make the folder of a new run. An earlier run there is renamed to NAME.1, NAME.2, ..."""
     folder = out_dir.resolve()
     if any((folder / name).exists() for name in ("ckpt.pt", "best.pt")):
-        if Path.cwd().is_relative_to(folder):
+        if Path.cwd().is_relative_to(folder) or any(folder.glob("*/log.jsonl")):
             raise UserError(
-                f"out_dir={out_dir} is or contains the folder that you are in, and it has an "
-                "earlier run; choose another, as in --out_dir=out/mine"
+                f"out_dir={out_dir} has an earlier run, and contains other runs or the folder that "
+                "you are in; choose another, as in --out_dir=out/mine"
             )
         numbered = (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(1))
         aside = next(path for path in numbered if not path.exists())

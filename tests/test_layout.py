@@ -11,15 +11,15 @@ from conftest import ROOT
 SCRIPTS = {  # and the most lines that each may have
     "model.py": 285,
     "train.py": 353,
-    "sample.py": 85,
-    "configurator.py": 188,
+    "sample.py": 80,
+    "configurator.py": 189,
     "prepare_shakespeare.py": 70,
     "prepare_openweb.py": 173,
 }
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
-    "*.py": 1_153,
+    "*.py": 1_150,
     "support/**/*.py": 2_246,
-    "tools/**/*.py": 1_890,
+    "tools/**/*.py": 1_889,
     "tools/*.[chj][st]*": 1_500,  # the page: css, html, js
     "docs/gpt.py": 150,
     "config/**/*.py": 230,

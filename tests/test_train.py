@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -298,8 +299,7 @@ def test_epochs_count_the_tokens_read_and_losses_do_not_depend_on_the_batch_size
 
 
 def test_a_run_can_begin_with_the_weights_of_another(tiny_run):
-    first = tiny_run(out_dir="out/first", dtype="float32")
-    loss = logged(first)[-1]["val_loss"]
+    loss = logged(tiny_run(out_dir="out/first", dtype="float32"))[-1]["val_loss"]
     second = tiny_run(out_dir="out/second", dtype="float32", init_from="out/first", n_layer=5)
     records = logged(second)
     assert records[0]["val_loss"] == pytest.approx(loss, rel=1e-6) and records[0]["step"] == 0
@@ -412,6 +412,13 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_and_nothing_has_chan
     assert all(map(torch.equal, seen[8], seen[-1])) and len(seen[8]) > 26
     assert all(value.isfinite().all() for value in seen[-1])
     assert load_checkpoint(Path("out/tiny/ckpt.pt")).step == last // 6 * 6
+
+
+def test_a_nan_is_named_if_memory_is_too_small_to_explain_it(tiny_run, before_update, monkeypatch):
+    monkeypatch.setattr(train, "explain", Mock(side_effect=torch.OutOfMemoryError))
+    before_update(lambda step, model, _: model.lm_head.weight.register_hook(not_finite))
+    with pytest.raises(UserError, match=r"the gradient norm nan, .*; no cause was found"):
+        tiny_run()
 
 
 @pytest.mark.parametrize("name", ["wpe", "h.0.mlp.c_fc"])

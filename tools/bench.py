@@ -161,7 +161,7 @@ def race(config: BenchConfig) -> None:
         raise UserError("nanogpt is empty; name a copy of https://github.com/karpathy/nanoGPT")
     rows = open_dataset(Path("data", config.dataset))[0]["vocab_size"]
     to, cells = Path("out/bench/race", config.dataset), []
-    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5, 3.8), dpi=180, layout="constrained")
     axes = figure.subplots()
     for side in sides:
         name, is_ours = side["name"], side["program"] == "ours"
@@ -182,7 +182,7 @@ def race(config: BenchConfig) -> None:
         minutes, bits = ([point[key] for point in curve] for key in ("minutes", "bits_per_byte"))
         axes.plot(minutes, bits, marker=".", label=f"{name}: {bits[-1]:.3f}")
         cells.append([name, f"{minutes[-1]:.1f}", f"{curve[-1]['loss']:.4f}", f"{bits[-1]:.4f}"])
-    axes.set_title(f"{config.dataset}: {result['machine']}, {result['date']}")
+    axes.set_title(f"data/{config.dataset}, {result['date']}\n{result['machine']}")
     axes.set(xlabel="minutes since the program started", ylabel="validation loss (bits per byte)")
     axes.set_ylim(0.97 * axes.dataLim.y0, 1.5 * axes.dataLim.y0)  # training begins far above
     axes.grid(alpha=0.3)
@@ -312,9 +312,8 @@ def main(config: BenchConfig) -> None:
     figure = Figure(figsize=(9, 1.6 + 0.34 * len(rows)), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.bar_label(axes.barh(list(speeds), list(speeds.values())), fmt="{:,.0f}", padding=3)
-    axes.set(
-        title=f"{config.what}: {facts['machine']}, {facts['date']}", xlabel="tokens per second"
-    )
+    axes.set_title(f"{config.what}: {facts['machine']}, {facts['date']}")
+    axes.set_xlabel("tokens per second")
     axes.margins(x=0.25)  # for the numbers behind the bars
     axes.invert_yaxis()  # the first row at the top
     save_figure(figure, to.with_suffix(".png"))

@@ -29,7 +29,7 @@ from support import runtime
 from support.data import open_tokens, read_meta
 from support.files import read_text
 from support.hub import load_model
-from support.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
+from support.tokenizer import END_OF_TEXT, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,27 @@ class EvaluateConfig:
         check_range(self, 1, 10**9, "batch_size")
 
 
-def read_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the token ids of a .txt or .bin file; the first one is context only."""
+def read_tokens(path: Path, tokenizer: Tokenizer, sha256: dict | None = None) -> np.ndarray:
+    """Return the token ids of a .txt, or of a .bin with these checksums; the first is context."""
     if path.suffix.lower() == ".txt":
-        text = read_text(path)
-        if isinstance(tokenizer, BPETokenizer):
-            first = [tokenizer.end_of_text] * (tokenizer.end_of_text is not None)
-            return np.array(first + tokenizer.encode(text.removeprefix(END_OF_TEXT)))
-        return np.array(tokenizer.encode(text), dtype=np.int64)
+        text, end = read_text(path), getattr(tokenizer, "end_of_text", None)
+        if end is None:
+            return np.array(tokenizer.encode(text), dtype=np.int64)
+        return np.array([end, *tokenizer.encode(text.removeprefix(END_OF_TEXT))])
     if path.suffix != ".bin" or not path.is_file():
         raise UserError(f"{path}: not a .txt or .bin file; choose another with --data")
     meta = path.with_name("meta.json")
     if meta.exists() and read_meta(meta)["tokenizer"] != tokenizer.to_dict():
         raise UserError(f"{path}: not made with the model's tokenizer; use the text (.txt)")
+    if sha256 and sha256 != read_meta(meta)["sha256"]:
+        raise UserError(f"{path}: was prepared again after this run; name it with --data to use it")
     return open_tokens(path, tokenizer.vocab_size).open()
 
 
 def count_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
     """Return the UTF-8 bytes of the text behind `ids`; special tokens have none."""
     lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
-    if isinstance(tokenizer, BPETokenizer):
-        lengths[list(tokenizer.special.values())] = 0
+    lengths[list(getattr(tokenizer, "special", {}).values())] = 0
     return sum(int(lengths[part].sum()) for part in np.array_split(ids, len(ids) // 2**20 + 1))
 
 
@@ -104,10 +104,9 @@ def main(config: EvaluateConfig) -> None:
     if not data and checkpoint is None:
         raise UserError(f"init_from={name} has no val.bin; name a .txt or .bin with --data")
     data = data or str(Path("data", checkpoint.train_config["dataset"], "val.bin"))
-    stride = config.stride or T
-    if stride > T:
+    if (stride := config.stride or T) > T:
         raise UserError(f"stride is {stride} but must be at most {T}, the model's block_size")
-    ids = read_tokens(Path(data), tokenizer)
+    ids = read_tokens(Path(data), tokenizer, None if config.data else checkpoint.dataset)
     n_tokens, n_bytes = len(ids) - 1, count_bytes(tokenizer, ids[1:])
     if n_bytes == 0:
         raise UserError(f"{data}: has no text to predict; use a longer file")

@@ -139,9 +139,8 @@ def print_bill(config, model: GPT, draw: Callable, n_train: int, processes) -> N
     step_model = runtime.compile_model(model, config, draw(), precision, processes)
 
     def forward_backward() -> None:
-        x, y = draw()
         with precision:
-            loss = step_model(x, y)[1]
+            loss = step_model(*draw())[1]
         loss.backward()
 
     print("measuring a few training steps ...", flush=True)
@@ -150,6 +149,8 @@ def print_bill(config, model: GPT, draw: Callable, n_train: int, processes) -> N
     flops, per_step = model.flops_per_token(T), n_passes * config.batch_size * T
     seconds = n_passes * one_pass + update
     speed, tokens, n_params = per_step / seconds, steps * per_step, model.num_params()
+    with torch.no_grad(), precision:  # an evaluation, not compiled, may need more memory
+        model.eval()(*draw())
     if device.type == "cuda":
         print(f"{torch.cuda.max_memory_allocated(device) / 1e9:,.2f} GB of the GPU's memory")
     print(

@@ -140,10 +140,11 @@ def test_a_new_run_removes_the_log_of_one_that_saved_nothing(tiny_run):
     assert not Path("out/tiny.1").exists()
 
 
-def test_an_earlier_run_in_the_current_folder_is_not_overwritten(tiny_run):
+def test_a_folder_with_other_runs_or_the_current_folder_is_not_renamed(tiny_run):
     first = (tiny_run(out_dir=".", max_iters=0) / "ckpt.pt").read_bytes()
-    for out_dir in (".", str(Path().resolve())):
-        with pytest.raises(UserError, match="the folder that you are in, and it has an earlier"):
+    _ = tiny_run(out_dir="out", max_iters=0), tiny_run(out_dir="out/tiny", max_iters=0)
+    for out_dir in (".", str(Path().resolve()), "out"):
+        with pytest.raises(UserError, match="contains other runs or the folder that you are in"):
             tiny_run(out_dir=out_dir, max_iters=1)
     assert Path("ckpt.pt").read_bytes() == first
     with pytest.raises(UserError, match="out_dir is empty; name a folder"):  # an unset $OUT

@@ -156,3 +156,7 @@ def test_the_loss_on_val_bin_is_the_validation_loss_of_training(tiny_run, figure
     assert result["loss"] == pytest.approx(val_losses[-1], rel=1e-6)
     Path("val.txt").write_bytes(TEXT[-1 - result["tokens"] :].encode())
     assert figures(out_dir=str(out_dir), data="val.txt") == {**result, "data": "val.txt"}
+    meta = Path("data/tiny/meta.json")
+    meta.write_bytes(meta.read_bytes().replace(b'"val.bin": "', b'"val.bin": "0'))
+    with pytest.raises(UserError, match=r"val\.bin: was prepared again after this run"):
+        figures(out_dir=str(out_dir))

@@ -151,7 +151,7 @@ def bill(monkeypatch, capsys):
         config = PreflightConfig(**{"batch_size": 4, "compile": False, **changed})
         processes = SimpleNamespace(device=torch.device(kind), say=print, gather=lambda s: [s])
         tiny = GPT(GPTConfig(18, n_layer=2, n_head=2, n_embd=16, block_size=16))
-        preflight.print_bill(config, tiny, lambda: torch.zeros(2, 4, 16), 6454, processes)
+        preflight.print_bill(config, tiny, lambda: torch.zeros(2, 4, 16).long(), 6454, processes)
         return capsys.readouterr().out
 
     return make
@@ -171,6 +171,18 @@ def test_the_bill_counts_tokens_operations_seconds_and_money(bill, monkeypatch):
     monkeypatch.setattr(GPT, "flops_per_token", lambda *_: per_token)
     text = bill(gradient_accumulation_steps=1, max_iters=1000, dollars_per_hour=2.0)
     assert re.findall("peak: (.*)", text) == ["1:00:00 hours, $2.00", "0:18:56 hours, $0.63"]
+
+
+def test_the_bill_includes_the_memory_of_an_evaluation(bill, monkeypatch):
+    calls, forward = [], GPT.forward
+
+    def spy(model: GPT, x, y):
+        calls.append((tuple(x.shape), model.training, torch.is_grad_enabled()))
+        return forward(model, x, y)
+
+    monkeypatch.setattr(GPT, "forward", spy)
+    bill()
+    assert calls == [((4, 16), False, False)]
 
 
 @pytest.mark.parametrize(
