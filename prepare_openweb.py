@@ -124,8 +124,7 @@ def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
             print(f"{path}: left out, of other formats or broken links: {', '.join(others)[:200]}")
         paths += found
     inputs = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in dict.fromkeys(paths)]
-    options = {"files": [name for name, *_ in inputs]} | options | {"inputs": inputs}
-    return dict.fromkeys(paths, ""), options
+    return dict.fromkeys(paths, ""), options | {"inputs": inputs}
 
 
 def is_prepared(folder: Path, options: dict) -> bool:

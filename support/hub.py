@@ -46,10 +46,10 @@ def load_model(name: str) -> tuple[GPT, Tokenizer, Checkpoint | None]:
     if path.is_file() or name.endswith(".pt"):
         loaded = load_checkpoint(path)
         return build_model(loaded.shape, loaded.weights), from_dict(loaded.tokenizer), loaded
-    hf = import_transformers()
     strict = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         folder = name if Path(name).is_dir() else download_model(name)
+        hf = import_transformers()
         config = hf.AutoConfig.from_pretrained(folder, **SAFE)
         for key, known in SUPPORTED.items():
             if (value := getattr(config, key, None)) not in known:
@@ -74,13 +74,14 @@ def load_model(name: str) -> tuple[GPT, Tokenizer, Checkpoint | None]:
 
 def download_model(name: str) -> str:
     """Return the folder of the cache with the model's files. Raises UserError."""
-    from huggingface_hub import snapshot_download
-
     source, _, revision = name.partition("@")
     if source in REVISIONS:
         source, revision = f"openai-community/{source}", revision or REVISIONS[source]
     elif "/" not in source or Path(source).parent.is_dir():  # out/nope is meant as a folder
-        raise UserError(f"no such folder or model; use {', '.join(REVISIONS)} or owner/name")
+        raise UserError(f"no such folder or model; use resume, {', '.join(REVISIONS)}, owner/name")
+    import_transformers()  # before the download
+    from huggingface_hub import snapshot_download
+
     files = {"allow_patterns": ["*.json", "*.txt", "*.safetensors"], "ignore_patterns": "*/*"}
     return snapshot_download(source, revision=revision or None, **files)
 

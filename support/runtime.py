@@ -202,9 +202,8 @@ def catch_signals() -> Iterator[list[int]]:
             with suppress(OSError):  # the reader of a pipe has ended
                 os.write(1, b"\nstopping after this step or evaluation; Ctrl-C again: at once\n")
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
+    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has no SIGHUP
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, hang_up)}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # nohup ignores SIGHUP, and that must stay so
             signal.signal(number, receive)

@@ -14,10 +14,10 @@ SCRIPTS = {  # and the most lines that each may have
     "sample.py": 80,
     "configurator.py": 189,
     "prepare_shakespeare.py": 70,
-    "prepare_openweb.py": 173,
+    "prepare_openweb.py": 172,
 }
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
-    "*.py": 1_150,
+    "*.py": 1_149,
     "support/**/*.py": 2_246,
     "tools/**/*.py": 1_889,
     "tools/*.[chj][st]*": 1_500,  # the page: css, html, js
