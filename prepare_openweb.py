@@ -114,7 +114,7 @@ def list_shards(config: PrepareConfig) -> tuple[dict[Path, str], dict]:
     paths = []
     parts = filter(None, map(str.strip, config.input.split(",")))
     names = [config.input] if os.path.exists(config.input) else [*parts]
-    for path in map(Path, names or [config.input]):
+    for path in (Path(name).expanduser() for name in names or [config.input]):
         files = files_below(path) if path.is_dir() else [path]
         found = [file for file in files if format_of(file) and file.exists()]
         if not found:

@@ -87,7 +87,7 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW: decay of the running mean of squared gradients
     grad_clip: float = 1.0  # largest gradient norm; 0: no limit
     # learning rate
-    decay_lr: bool = True  # False: constant after the warm-up
+    decay_lr: bool = True  # False: constant, also without a warm-up
     lr_schedule: Literal["cosine", "linear"] = "cosine"  # shape of the decay
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int = 0  # step at which the decay ends; 0: max_iters
@@ -121,10 +121,10 @@ class TrainConfig:
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Return AdamW's learning rate at `step`: warm-up, then decay. Muon's is proportional to it."""
     peak, end = config.learning_rate, config.lr_decay_iters or config.max_iters
-    if step < config.warmup_iters:
-        return peak * (step + 1) / (config.warmup_iters + 1)
     if not config.decay_lr:
         return peak
+    if step < config.warmup_iters:
+        return peak * (step + 1) / (config.warmup_iters + 1)
     progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
     cosine = config.lr_schedule == "cosine"
     left = 0.5 * (1 + math.cos(math.pi * progress)) if cosine else 1 - progress

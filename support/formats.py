@@ -25,7 +25,7 @@ COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", "": None}
 TXT_DOCUMENT = 100_000  # characters; a longer text file is split, if possible at ends of lines
 END = re.compile(re.escape(END_OF_TEXT) + r"(?:\r\n?|\n)?")  # `clean` removes this line end, too
 SURROGATE = re.compile("[\ud800-\udfff]")  # what a byte that is not UTF-8 becomes
-BROKEN = re.compile("([\0\x1b\ud800-\udfff])")  # 0 and Escape are frequent in UTF-16 and ISO-2022
+BROKEN = re.compile("([\0\ud800-\udfff]|\x1b[$(])")  # 0 is frequent in UTF-16, the last in ISO-2022
 MENDED = "mended: characters that were not UTF-8"
 
 
@@ -33,24 +33,23 @@ def format_of(path: Path) -> tuple[str, str] | None:
     """Return the format and the compression of a file by its name: (".jsonl", ".gz"), or None."""
     suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
     compression = suffixes.pop() if suffixes[-1] in COMPRESSED else ""
-    is_other = OTHERS.fullmatch(path.name) or re.match(r"\.\w", path.parent.name)
-    is_read = suffixes and suffixes[-1] in FORMATS and not is_other
+    readable = FORMATS[len(TABLES) :] if compression else FORMATS  # a table compresses itself
+    is_read = suffixes and suffixes[-1] in readable and not OTHERS.fullmatch(path.name)
     return (suffixes[-1], compression) if is_read else None
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return all files below a folder in the order of their paths, also those behind links."""
+    """Return the files below a folder by path, also those behind links, but no hidden folders."""
     found, visited = [], set()
 
     def fail(error: OSError) -> None:  # no permission: os.walk would leave the folder out
         raise error
 
     for name, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        if (real := os.path.realpath(name)) in visited:
-            folders.clear()  # a link to a folder above
-        else:
-            visited.add(real)
-            found += [Path(name, file) for file in files]
+        is_new = (real := os.path.realpath(name)) not in visited  # no link to a folder above
+        visited.add(real)
+        found += [Path(name, file) for file in files if is_new]
+        folders[:] = [folder for folder in folders if is_new and not folder.startswith(".")]
     return sorted(found)
 
 
@@ -69,7 +68,7 @@ def read_documents(path: Path, column: str, counts: Counter) -> Iterator[str]:
             n_characters += len(row)
             if is_broken(row):
                 before, broken, _ = BROKEN.split(row, maxsplit=1)
-                first = first or f"byte 0x{ord(broken) & 0xFF:02x} after {before[-20:]!r}"
+                first = first or f"byte 0x{ord(broken[0]) & 0xFF:02x} after {before[-20:]!r}"
                 n_broken += len(BROKEN.findall(row))
                 row, n = SURROGATE.subn("\ufffd", row)
                 counts[MENDED] += n
@@ -93,7 +92,7 @@ def is_broken(text: str) -> bool:
         text.encode()
     except UnicodeEncodeError:  # a surrogate
         return True
-    return "\0" in text or "\x1b" in text
+    return "\0" in text or "\x1b$" in text or "\x1b(" in text
 
 
 def check_encoding(path: Path, n_broken: int, n_characters: int, first: str) -> None:

@@ -18,7 +18,7 @@ SCRIPTS = {  # and the most lines that each may have
 }
 BUDGETS = SCRIPTS | {  # lines of all files of a pattern together
     "*.py": 1_149,
-    "support/**/*.py": 2_246,
+    "support/**/*.py": 2_245,
     "tools/**/*.py": 1_889,
     "tools/*.[chj][st]*": 1_500,  # the page: css, html, js
     "docs/gpt.py": 150,

@@ -34,12 +34,13 @@ def test_the_colab_notebook_runs_from_its_first_to_its_last_cell(tmp_path):
         assert found, old
         for cell in found:
             cell.source = cell.source.replace(old, new)
+    notebook.cells.append(notebook.cells[1])  # who runs all cells again stays in the same folder
     ignored = shutil.ignore_patterns("data", "out", "hunt", ".*", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "gpt2", ignore=ignored)
     lines = "".join(f"{i} times {i % 97} is {i * (i % 97)}.\n" for i in range(6000))
     (tmp_path / "text.txt").write_text(f"ROMEO: The\n{lines}", encoding="utf-8")
     printed = execute(notebook, tmp_path)
-    assert "error: " not in printed and "Traceback" not in printed
+    assert all(word not in printed for word in ("error: ", "Traceback", "Errno"))
     assert (tmp_path / "gpt2/out/phase1_quick/ckpt.pt").exists()
     assert (tmp_path / "gpt2/out/phase3/loss.png").exists()
     assert "4/4 [" in printed and "out/phase3 has loss.png and samples.md" in printed

@@ -426,8 +426,8 @@ def test_few_documents_give_the_share_that_one_asked_for(place, share, n_documen
 
 
 def test_links_are_followed_and_what_is_left_out_is_named(place, capsys):
-    for folder, name in (("a", "x.txt"), ("b", "y.TXT"), ("b", "notes.md")):
-        Path(folder).mkdir(exist_ok=True)
+    for folder, name in (("a", "x.txt"), ("b", "y.TXT"), ("b", "notes.md"), ("a/.git/c", "z.txt")):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, name).write_text(name, encoding="utf-8")
     Path("a/more").symlink_to("../b")
     Path("b/back").symlink_to("../a")
