@@ -85,7 +85,7 @@ def test_the_rates_of_a_run_rise_and_fall_together(tiny_run, before_update, name
         seen.append([group["lr"] for optimizer in optimizers for group in optimizer.param_groups])
 
     before_update(note)
-    tiny_run(optimizer=name, max_iters=3, decay_lr=False, **RATES)
+    tiny_run(optimizer=name, max_iters=3, **RATES)
     peaks = [0.5, 0.1, 0.1] if name == "muon" else [0.1, 0.1]
     for rates, part in zip(seen, (1, 1 / 3, 2 / 3), strict=True):  # 2 of 3 steps of warm-up
         assert rates == pytest.approx([part * peak for peak in peaks])
