@@ -164,7 +164,7 @@ def test_learning_rate_is_that_of_torchs_schedulers(shape):
 
 
 def test_learning_rate_stays_at_its_peak_without_decay_and_decays_to_the_end_by_default():
-    assert train.learning_rate(0, train.TrainConfig(decay_lr=False)) == 6e-4  # as in nanoGPT
+    assert {train.learning_rate(s, train.TrainConfig(decay_lr=False)) for s in (0, 49)} == {6e-4}
     config = train.TrainConfig(max_iters=100, warmup_iters=0, learning_rate=0.4, min_lr=0.2)
     rates = [train.learning_rate(step, config) for step in (0, 50, 100)]
     assert rates == pytest.approx([0.4, 0.3, 0.2])
@@ -300,8 +300,7 @@ def test_epochs_count_the_tokens_read_and_losses_do_not_depend_on_the_batch_size
 
 def test_a_run_can_begin_with_the_weights_of_another(tiny_run):
     loss = logged(tiny_run(out_dir="out/first", dtype="float32"))[-1]["val_loss"]
-    second = tiny_run(out_dir="out/second", dtype="float32", init_from="out/first", n_layer=5)
-    records = logged(second)
+    records = logged(tiny_run(dtype="float32", init_from="out/first", n_layer=5))
     assert records[0]["val_loss"] == pytest.approx(loss, rel=1e-6) and records[0]["step"] == 0
 
 

@@ -54,14 +54,15 @@ def test_a_byte_order_mark_names_the_encoding(tmp_path, encoding):
 
 def test_single_bad_characters_are_mended_and_counted_and_many_are_refused(tmp_path):
     path = tmp_path / "a.txt"
-    # The byte 0 vanishes, as all control characters do.
-    path.write_bytes(b"one \xff two \xe9t\xe9 \0" + b"\x1b[0mx" * 1000)  # a terminal's colors
+    # The byte 0 and the Escape of a terminal's colors vanish, as all control characters do.
+    path.write_bytes(b"one \xff two \xe9t\xe9 \0" + b"\x1b[0mx" * 1000)
     documents, counts = read(path)
     assert documents[0].startswith("one \ufffd two \ufffdt\ufffd [0mx") and counts[MENDED] == 3
+    japanese = ("\u5409\u672c " * 9).encode("iso2022_jp")
     for content, words in (
-        (("un caf\xe9 noir, " * 50).encode("latin-1"), r"50 char.* 0xe9 after 'un caf'.*iconv"),
+        (b"un caf\xe9 noir, " * 50, r"50 char.* byte 0xe9 after 'un caf'.*iconv"),
         ("text without a mark".encode("utf-16-le"), r"19 characters .* byte 0x00 after 't'"),
-        (("\u5409\u672c " * 9).encode("iso2022_jp"), r"are not UTF-8, the first is byte 0x1b"),
+        (japanese, "characters are not UTF-8, the first is byte 0x1b"),
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=words):

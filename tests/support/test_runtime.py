@@ -150,7 +150,7 @@ with runtime.catch_signals():
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGINT)
-    while "Ctrl-C again" not in process.stdout.readline():
+    while "Ctrl-C again: at once" not in process.stdout.readline():
         assert process.poll() is None  # the first one only asks
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == -signal.SIGINT

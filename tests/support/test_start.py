@@ -142,7 +142,8 @@ def test_a_new_run_removes_the_log_of_one_that_saved_nothing(tiny_run):
 
 def test_a_folder_with_other_runs_or_the_current_folder_is_not_renamed(tiny_run):
     first = (tiny_run(out_dir=".", max_iters=0) / "ckpt.pt").read_bytes()
-    _ = tiny_run(out_dir="out", max_iters=0), tiny_run(out_dir="out/tiny", max_iters=0)
+    tiny_run(out_dir="out", max_iters=0)
+    tiny_run(out_dir="out/tiny", max_iters=0)
     for out_dir in (".", str(Path().resolve()), "out"):
         with pytest.raises(UserError, match="contains other runs or the folder that you are in"):
             tiny_run(out_dir=out_dir, max_iters=1)
